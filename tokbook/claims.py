@@ -11,7 +11,7 @@ import json, math, html
 from dataclasses import dataclass, field
 from .core import check_in, check_range, import_extra, provenance, root, size
 
-# %% ../nbs/00_foundations/05_claims.ipynb #dbb24043
+# %% ../nbs/00_foundations/05_claims.ipynb #2317ce4a
 VERDICTS = ('reproduced', 'direction only', 'not reproduced')
 UNDECIDED = 'one run' # too few seeds for a verdict
 
@@ -19,7 +19,8 @@ def t_interval(
     d, # one number per seed, at least two
     level=.95, # probability that the interval covers the mean
 ) -> tuple: # (low, high)
-    "Student's interval for the mean of `d`."
+    "Student's interval for the mean of `d`. ValueError for fewer than two numbers."
+    if len(d) < 2: raise ValueError(f'an interval needs at least two numbers, got {len(d)}')
     n, m = len(d), sum(d)/len(d)
     s = math.sqrt(sum((x - m)**2 for x in d)/(n - 1))
     half = import_extra('scipy.stats', 'nb').t.ppf((1 + level)/2, n - 1)*s/math.sqrt(n)
@@ -98,12 +99,13 @@ def votes(self,
     verdict = UNDECIDED if len(holds) < 3 else VERDICTS[0] if frac >= need else VERDICTS[1] if frac > .5 else VERDICTS[2]
     return self._set('votes', verdict, f'holds in {sum(holds)} of {len(holds)}' + (f'; {shown}' if shown else ''), holds)
 
-# %% ../nbs/00_foundations/05_claims.ipynb #91d7e9d9
+# %% ../nbs/00_foundations/05_claims.ipynb #bf79e6ea
 def contradicts(
     claim, # a `Claim` with new evidence
     saved: dict, # its saved record: verdict, kind, data
 ) -> str: # what is wrong, or '' when the new evidence is compatible
-    "Whether new evidence contradicts a saved verdict beyond chance."
+    "Whether new evidence contradicts a saved verdict beyond chance. ValueError for a claim without evidence."
+    if claim.kind is None: raise ValueError(f'claim {claim.key!r} has no evidence')
     if claim.kind != saved['kind']: return ''  # the claim was rewritten: there is nothing to compare with
     yes = saved['verdict'] in VERDICTS[:2]
     if claim.kind == 'exact':
@@ -120,7 +122,7 @@ def contradicts(
     p = bb.cdf(sum(d)) if yes else bb.sf(sum(d) - 1)
     return f"{claim.key}: saved as {saved['verdict']} ({sum(old)} of {n}), now {sum(d)} of {k}, p={p:.3f}" if p < .05 else ''
 
-# %% ../nbs/00_foundations/05_claims.ipynb #5c3df29a
+# %% ../nbs/00_foundations/05_claims.ipynb #d857556f
 MIME = 'application/vnd.tokbook.claims+json'
 
 def saved_ledger(
@@ -133,21 +135,24 @@ def saved_ledger(
 def find_notebook(
     module, # dotted name below `tokbook`, like 'quantize.vq_survey'
 ): # its path, or None outside a clone
-    "The notebook that defines a module."
+    "The notebook that defines a module. TypeError for anything but a name."
+    if not isinstance(module, str): raise TypeError(f'module must be a dotted name, got {type(module).__name__}')
     if root() is None: return None
     want = f'#| default_exp {module}'
     for p in sorted((root()/'nbs').rglob('*.ipynb')):
         if not any(d.startswith(('.', '_')) for d in p.relative_to(root()).parts) and any(
             ''.join(c['source']).splitlines()[:1] == [want] for c in json.loads(p.read_text(encoding='utf-8'))['cells']): return p
 
-# %% ../nbs/00_foundations/05_claims.ipynb #0dbb6e64
+# %% ../nbs/00_foundations/05_claims.ipynb #b9cbd66c
 _MARK = {'reproduced': '✓', 'direction only': '↗', 'not reproduced': '✗', UNDECIDED: '·'}
 
 class Ledger:
     "A chapter's claims, as a table for readers and a record for the ledger page."
     def __init__(self,
         record: dict, # what `ledger` makes: module, size, claims, versions, ...
-    ): self.record = record
+    ):
+        if missing := {'module', 'size', 'claims'} - set(record): raise ValueError(f'the record lacks {sorted(missing)}')
+        self.record = record
     def __repr__(self): return '\n'.join(f"{c['verdict']:15} {c['key']}: {c['shown']}" for c in self.record['claims'])
     def _repr_html_(self):
         e = html.escape

@@ -41,8 +41,12 @@ def scale(
     book = ci if book is None else book
     return dict(ci=ci, book=book, gpu=book if gpu is None else gpu)[size()]
 
-# %% ../nbs/00_foundations/00_core.ipynb #3ebc68c9
-def check_in(value, name, options):
+# %% ../nbs/00_foundations/00_core.ipynb #0f4bedcc
+def check_in(
+    value, # what came
+    name, # the argument's name, for the message
+    options, # the values allowed
+):
     "`value` if it is one of `options`, else ValueError."
     if value not in options: raise ValueError(f'{name} must be one of {", ".join(map(repr, options))}, got {value!r}')
     return value

@@ -37,7 +37,7 @@ def style():
         from IPython.core.pylabtools import select_figure_formats
         select_figure_formats(shell, {'svg'}, metadata={'Date': None, 'Creator': None})
 
-# %% ../nbs/00_foundations/06_viz.ipynb #3e7ab01c
+# %% ../nbs/00_foundations/06_viz.ipynb #2053f335
 def figure(
     ncols=1, # axes side by side
     nrows=1, # and below each other
@@ -45,7 +45,8 @@ def figure(
     h=None, # height in inches
     **kw, # passed to `Figure.subplots` (sharex, sharey, width_ratios, ...)
 ): # (figure, axes)
-    "A figure in the house style and its axes. The cell's last line, `fig`, shows it."
+    "A figure in the house style and its axes. The cell's last line, `fig`, shows it. ValueError for a size that is not positive."
+    if (w or 1) <= 0 or (h or 1) <= 0: raise ValueError(f'w and h must be positive, got {w} and {h}')
     fig = Figure(figsize=(w or min(9.5, 6.4 if ncols == 1 else 3.2*ncols), h or 3.2*nrows), layout='constrained')
     return fig, fig.subplots(nrows, ncols, **kw)
 
@@ -164,7 +165,7 @@ def _html(s):
     from IPython.display import HTML
     return HTML(s)
 
-# %% ../nbs/00_foundations/06_viz.ipynb #048c7ce0
+# %% ../nbs/00_foundations/06_viz.ipynb #f49bc9fc
 def scrub(
     frames, # dict: label -> figure, picture tensor (c, h, w), or HTML string
     name='frame', # what the labels count: the legend
@@ -178,7 +179,13 @@ def scrub(
 
 class Scrub:
     "What `scrub` returns: displays itself live and static."
-    def __init__(self, frames, name, start): self.frames, self.name, self.start = frames, name, start
+    def __init__(self,
+        frames: dict, # label -> HTML
+        name: str, # what the labels count
+        start: int, # index of the frame shown first
+    ):
+        if not all(isinstance(v, str) for v in frames.values()): raise TypeError('frames must be HTML strings; `scrub` makes them')
+        self.frames, self.name, self.start = frames, name, start
     def _repr_html_(self):
         u = 'scrub-' + hashlib.sha1((self.name + ''.join(self.frames.values())).encode()).hexdigest()[:8]
         keys = list(self.frames); n = range(len(keys)); rule = lambda f: ','.join(f(i) for i in n)
