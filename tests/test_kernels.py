@@ -292,7 +292,7 @@ import torch
 from tokbook.bench import CASES, _peak_here
 for name, contender, sizes, small in [('nearest_code', 'tokbook', dict(n=4096, k=8192, d=16), dict(n=64, k=64, d=16)), ('energy_score', 'tokbook', dict(b=1, t=4096, d=32), dict(b=1, t=64, d=32)),
                                       ('match_merge', 'tokbook', dict(b=1, t=8192, d=16, c=8), dict(b=1, t=64, d=16, c=8)), ('nearest_code', 'addmm + argmin', dict(n=4096, k=8192, d=16), dict(n=64, k=64, d=16))]:
-    make = CASES[name + '_'][0]
+    make = CASES[name][0]
     make('cpu', **small)[0][contender]() # loads libraries
     print(_peak_here(make('cpu', **sizes)[0][contender]))
 """

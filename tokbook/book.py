@@ -253,19 +253,19 @@ def api_page() -> Shown: # displays itself
     return Shown(md='\n\n'.join(f'## `tokbook.{m}` {{#{m}}}\n\n[{p.title}](../{p.src})\n\n| Name | What it is |\n|---|-------|\n' +
                                 '\n'.join(f'| [`{n}`](../{p.src}#{n.lower()}) | {cell(d)} |' for n, d in ds) for m, (p, ds) in _api().items()))
 
-# %% ../nbs/00_foundations/80_book.ipynb #c331ef34
+# %% ../nbs/00_foundations/80_book.ipynb #f1a37b07
 def bench_table(
     name, # of a hot path, like 'nearest_code'
 ) -> Shown: # displays itself
     "What was measured of a hot path, from benchmarks/results; says so where nothing was. TypeError for a name that is not a string."
-    from tokbook.bench import CASES, table
+    from tokbook.bench import table
     if not isinstance(name, str): raise TypeError(f'name must be a string, got {type(name).__name__}')
-    return Shown(table(next((k for k in CASES if k.strip('_') == name.strip('_')), name)))
+    return Shown(table(name))
 
 def bench_page() -> Shown: # displays itself
     "Every hot path, with all that was measured of it."
     from tokbook.bench import CASES
-    return Shown(md='\n\n'.join(f'## `{k.strip("_")}`\n{_raw(bench_table(k).html)}' for k in CASES))
+    return Shown(md='\n\n'.join(f'## `{k}`\n{_raw(bench_table(k).html)}' for k in CASES))
 
 COMPUTED = dict(paper_card=paper_card, paper_map=paper_map, colab_table=colab_table, ledger_page=ledger_page, errata_page=errata_page, api_page=api_page, bench_page=bench_page, bench_table=bench_table, erratum=erratum)
 
