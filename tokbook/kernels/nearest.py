@@ -44,7 +44,7 @@ def _rows(z, mu, g, s): # (n, d) -> (n, d + 1): each row at its own scale, with 
     t = _pow2(torch.maximum(z.abs().amax(1, keepdim=True), g))
     return torch.cat([z/t - mu*(g/t), s*(g/t)], 1)
 
-# %% ../../nbs/00_foundations/11_nearest.ipynb #47af035d
+# %% ../../nbs/00_foundations/11_nearest.ipynb #65417802
 BLOCK = 16 # codes a block
 
 def _search(z, codebook, metric): # (n, d), (k, d) -> codes (n,)
@@ -52,7 +52,9 @@ def _search(z, codebook, metric): # (n, d), (k, d) -> codes (n,)
     blocks = -(-k//BLOCK)
     e, *frame = _prepare(codebook, metric, dtype, blocks*BLOCK)
     width = torch.get_num_threads() if z.device.type == 'cpu' else 16
-    kt, nt = 512, min(512*min(width, 16), 2**22//blocks, 2**24//(BLOCK*(d + 1)), n + 15) # a tile; 16 MB of minima, 64 MB of gathered blocks at most
+    one = len(e) <= 2048 # do all codes fit one tile? Then it still holds the scores when the winning block is looked at again
+    kt = len(e) if one else 512
+    nt = min(2**18*min(width, 16)//kt, 1024*width, n + 15) if one else min(512*min(width, 16), 2**22//blocks, 2**24//(BLOCK*(d + 1)), n + 15) # a tile; 16 MB of minima, 64 MB of gathered blocks at most
     nt = max(16, nt//16*16)
     tile, low, row = e.new_empty(kt*nt), e.new_empty(blocks, nt), e.new_zeros(nt, d + 1)
     ids = torch.arange(blocks, device=e.device, dtype=torch.int32)[:, None]
@@ -66,8 +68,9 @@ def _search(z, codebook, metric): # (n, d), (k, d) -> codes (n,)
             torch.amin(scores.view(c//BLOCK, BLOCK, nt), 1, out=low[j//BLOCK:(j + c)//BLOCK])
         best = low.amin(0) # (nt,)
         block = torch.where(low == best, ids, blocks - 1).amin(0).long() # the first block with the minimum
-        again = torch.bmm(e.view(blocks, BLOCK, d + 1)[block], row[:, :, None])[..., 0] # (nt, 16)
-        code = (block*BLOCK + again.argmin(1)).masked_fill_(~best.isfinite(), -1)
+        if one: again = scores.view(blocks, BLOCK, nt).gather(0, block.expand(1, BLOCK, nt))[0] # (16, nt)
+        else: again = torch.bmm(e.view(blocks, BLOCK, d + 1)[block], row[:, :, None])[..., 0].mT
+        code = (block*BLOCK + again.argmin(0)).masked_fill_(~best.isfinite(), -1)
         codes[i:i + m] = code[:m]
     return codes
 
