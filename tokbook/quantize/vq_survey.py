@@ -473,7 +473,9 @@ def set(self:Codebook,
     self.started.fill_(True); self.ready = True
 
 @patch
-def salt(self:Codebook): return self.step*1_000_003 + self.seed
+def salt(self:Codebook):
+    "The number of the lottery: a new one every step."
+    return self.step*1_000_003 + self.seed
 
 # %% ../../nbs/02_quantize/10_vq_survey.ipynb #f11cbc77
 @patch
