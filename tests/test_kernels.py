@@ -343,3 +343,8 @@ def test_which_implementation():
         with pytest.raises(TypeError, match='float64'): use_triton(x.double(), 'triton')
     else:
         with pytest.raises(RuntimeError, match='needs'): use_triton(x, 'triton')
+
+def test_bench_main_refuses_what_it_does_not_know(capsys):
+    from tokbook.bench import main
+    with pytest.raises(SystemExit): main(['--device', 'abacus'])
+    assert 'invalid choice' in capsys.readouterr().err
