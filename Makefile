@@ -17,7 +17,7 @@ $(READY): settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 10), "tokbook needs Python 3.10 or newer"'
 	$(BIN)/pip install --quiet --editable '.[dev]'
-	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks && cp .ci/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"; fi
+	if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks && cp .ci/pre-commit .ci/post-merge "$$(git rev-parse --git-path hooks)/"; fi
 	touch $@
 
 book: $(READY) ## Render the book into _docs/ (Quarto where it is installed, pandoc otherwise)
