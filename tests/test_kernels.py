@@ -1,31 +1,12 @@
-"""Kernels against float64 references on random shapes, dtypes, layouts and magnitudes.
-
-The same tests check both implementations: here they run with impl='torch', and `test_triton` runs this file again in a process of its own where
-TRITON_INTERPRET=1 is set before Triton is imported, so no other test ever sees that variable. TOKBOOK_LONG=1 takes 200 random cases instead of 20."""
+"Kernels against float64 references on random shapes, dtypes, layouts and magnitudes; see kernel_tools.py for how both implementations are tested."
 import math, os, subprocess, sys
 import pytest, torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
+from kernel_tools import IMPL, INTERPRETED, U, cases, cubin, dtypes, interpret, lay, layouts, randn, seeds, size
 from tokbook.kernels import code_stats, energy_score, match_tokens, merge_groups, nearest_code, use_triton
 from tokbook.kernels.merging import _energy_op, _match_op, _merge_op
 from tokbook.kernels.nearest import _nearest_op, _prepare, _stats_op
-
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-IMPL = 'triton' if INTERPRETED else 'torch'
-U = 2**-24
-cases = settings(max_examples=200 if os.environ.get('TOKBOOK_LONG') == '1' else 20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-seeds = st.integers(0, 2**31)
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16] + [torch.float64]*(not INTERPRETED))
-layouts = st.sampled_from(['plain', 'every second', 'transposed', 'expanded'])
-size = lambda top: st.one_of(st.sampled_from([1, 2, 15, 16, 17, 64, 65, 127, 128, 129]), st.integers(1, top)).map(lambda n: min(n, top))
-
-def randn(*shape, seed): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-def lay(x, layout): # the same values, other strides
-    if layout == 'every second': return torch.stack([x, x*0 + 7], -2).flatten(-3, -2)[..., ::2, :]
-    if layout == 'transposed': return x.mT.contiguous().mT
-    if layout == 'expanded' and x.shape[-2] > 1: return x[..., :1, :].expand(x.shape)
-    return x
 
 def distances(z, e, metric): # (n, d), (k, d) -> (n, k) float64, by plain differences
     z, e = z.double(), e.double()
@@ -304,25 +285,12 @@ for name, contender, sizes, small in [('nearest_code', 'tokbook', dict(n=4096, k
 # --- Triton
 
 @pytest.mark.skipif(INTERPRETED, reason='starts this process')
-def test_triton():
-    "All tests above with impl='triton', under the interpreter."
-    pytest.importorskip('triton')
-    r = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:xdist', '-p', 'no:cacheprovider', __file__], capture_output=True, text=True, env={**os.environ, 'TRITON_INTERPRET': '1'})
-    assert r.returncode == 0, r.stdout[-6000:] + r.stderr[-2000:]
-    assert 'passed' in r.stdout and not r.stdout.startswith('no tests')
+def test_triton(): interpret(__file__)
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter does not compile')
 def test_kernels_compile_for_a_gpu():
-    "The compiler needs no GPU: what the interpreter lets pass (types that change in a loop, tiles too large) stops here."
-    triton = pytest.importorskip('triton')
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    pytest.importorskip('triton')
     from tokbook.kernels import merging, nearest
-    def cubin(kernel, types, num_warps=4, **const):
-        sig = {a: types.get(a, 'constexpr') for a in kernel.arg_names}
-        out = triton.compile(ASTSource(fn=kernel, signature=sig, constexprs=const), target=GPUTarget('cuda', 80, 32), options=dict(num_warps=num_warps, num_stages=2))
-        assert out.asm['cubin'] and out.metadata.shared <= 99*1024 # what consumer GPUs have
-        return out.asm['ptx']
     f32, i64, i32, bf16 = '*fp32', '*i64', 'i32', '*bf16'
     near = dict(z_ptr=bf16, e_ptr=f32, bias_ptr=f32, mu_ptr=f32, scale_ptr=f32, code_ptr=i64, n=i32, k=i32, d=i32)
     for d in (8, 256):
