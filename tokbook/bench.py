@@ -99,6 +99,74 @@ def _match_merge(device, b, t, d, c):
     x, m, r = _randn(b, t, c, device=device), _randn(b, t, d, device=device, seed=1), t//4
     return {'tokbook': lambda: _tome_kernels(x, m, r), 'ToMe, eager': lambda: _tome_eager(x, m, r)}, 2*b*(t//2)**2*d + b*t*c, 4*b*(t*d + (2*t - r)*c)
 
+# %% ../nbs/00_foundations/13_bench.ipynb #2e6984df
+from .kernels import linear_cross_entropy, linear_logprob, linear_max
+
+# %% ../nbs/00_foundations/13_bench.ipynb #e8a23a4d
+def _head_inputs(device, n, v, d): # hidden states, vocabulary matrix, targets; bfloat16 on a GPU
+    dtype = torch.bfloat16 if device == 'cuda' else torch.float32
+    h, w = _randn(n, d, device=device).to(dtype), (_randn(v, d, device=device, seed=1)/d**.5).to(dtype)
+    return h.requires_grad_(), w.requires_grad_(), torch.randint(v, (n,), generator=torch.Generator().manual_seed(2)).to(device)
+
+def _with_grads(f, inputs, grad): # a call that also computes the gradients of f's sum
+    def call():
+        with torch.set_grad_enabled(bool(grad)):
+            out = f(*inputs)
+            return (out, *torch.autograd.grad(out.sum(), inputs)) if grad else out
+    return call
+
+def _chunked(f, rows=256): # f(h, w, y) for `rows` rows at a time, under a checkpoint
+    from torch.utils.checkpoint import checkpoint
+    return lambda h, w, y: torch.cat([checkpoint(f, a, w, b, use_reentrant=False) for a, b in zip(h.split(rows), y.split(rows))])
+
+def _logprob_eager(h, w, y): return F.linear(h, w).float().log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+def _head_floor(n, v, d, grad, size): return 2*n*v*d*(3 if grad else 1), size*(n*d + v*d)*(3 if grad else 1) + 12*n
+
+@case(cpu=[dict(n=2048, v=16384, d=128, grad=0), dict(n=2048, v=16384, d=128, grad=1), dict(n=1024, v=16384, d=512, grad=0), dict(n=1024, v=16384, d=512, grad=1)],
+      gpu=[dict(n=n, v=128256, d=4096, grad=g) for n in (64, 16384) for g in (0, 1)] + [dict(n=32768, v=32768, d=1024, grad=1)])
+def _linear_logprob(device, n, v, d, grad):
+    "Log-probability of one token of v for each of n hidden states of width d"
+    h, w, y = _head_inputs(device, n, v, d)
+    calls = {'tokbook': lambda h, w: linear_logprob(h, w, y), 'eager': lambda h, w: _logprob_eager(h, w, y), 'eager in chunks': lambda h, w: _chunked(_logprob_eager)(h, w, y)}
+    if device == 'cuda':
+        fast = torch.compile(_logprob_eager)
+        calls['torch.compile'] = lambda h, w: fast(h, w, y)
+    return {k: _with_grads(f, (h, w), grad) for k, f in calls.items()}, *_head_floor(n, v, d, grad, h.element_size())
+
+@case(cpu=[dict(n=2048, v=16384, d=128, grad=1), dict(n=1024, v=16384, d=512, grad=1)],
+      gpu=[dict(n=16384, v=128256, d=4096, grad=1), dict(n=32768, v=32768, d=1024, grad=1)])
+def _linear_cross_entropy(device, n, v, d, grad):
+    "Mean cross-entropy of n hidden states of width d over v tokens"
+    h, w, y = _head_inputs(device, n, v, d)
+    eager = lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y)
+    each = lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y, reduction='none')
+    calls = {'tokbook': lambda h, w: linear_cross_entropy(h, w, y), 'eager': lambda h, w: eager(h, w, y), 'eager in chunks': lambda h, w: _chunked(each)(h, w, y).mean()}
+    if device == 'cuda':
+        fast = torch.compile(eager)
+        calls['torch.compile'] = lambda h, w: fast(h, w, y)
+        try:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+            liger = LigerFusedLinearCrossEntropyLoss()
+            calls['Liger-Kernel'] = lambda h, w: liger(w, h, y)
+        except ImportError: pass
+    return {k: _with_grads(f, (h, w), grad) for k, f in calls.items()}, *_head_floor(n, v, d, grad, h.element_size())
+
+# %% ../nbs/00_foundations/13_bench.ipynb #6caeaba8
+@case(cpu=[dict(b=4, t=256, v=16384, d=128, grad=0), dict(b=4, t=256, v=16384, d=128, grad=1)], gpu=[dict(b=32, t=512, v=30522, d=768, grad=0), dict(b=32, t=512, v=30522, d=768, grad=1)])
+def _linear_max(device, b, t, v, d, grad):
+    "The largest score of each of v words in b texts of t positions, width d"
+    h, w, _ = _head_inputs(device, b*t, v, d)
+    h = h.detach().view(b, t, d).requires_grad_()
+    eager = lambda h, w: F.linear(h, w).max(1)[0] # one position gets the gradient, as in ours
+    def each(h, w): return torch.cat([torch.utils.checkpoint.checkpoint(eager, x[None], w, use_reentrant=False) for x in h])
+    calls = {'tokbook': linear_max, 'eager': lambda h, w: eager(h, w).float(), 'eager, a text at a time': lambda h, w: each(h, w).float()}
+    if device == 'cuda':
+        fast = torch.compile(eager)
+        calls['torch.compile'] = lambda h, w: fast(h, w).float()
+    size = h.element_size()
+    return {k: _with_grads(f, (h, w), grad) for k, f in calls.items()}, 2*b*t*v*d + 4*b*v*d*grad, size*(b*t*d + v*d)*(3 if grad else 1) + 12*b*v*(1 + grad)
+
 # %% ../nbs/00_foundations/13_bench.ipynb #78aa4f7d
 def timed(
     calls, # dict of functions without arguments
