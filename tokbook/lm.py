@@ -169,6 +169,7 @@ class HFCausalLM(nn.Module):
         self.model = model
         takes = inspect.signature(model.forward).parameters
         self._positions = 'position_ids' in takes # models without positions, or with relative ones, take none
+        self._cache = 'cache' if 'cache' in takes else 'past_key_values' # its older name
         self.dim = model.get_input_embeddings().weight.shape[1]
         self.embed_size, self.vocab_size = (m.weight.shape[0] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
 
@@ -204,10 +205,10 @@ class HFCausalLM(nn.Module):
         if cache is None and use_cache: cache = LMCache() # the model makes the kind of cache it needs
         caught, on = [], cache is not None
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda m, a: caught.append(a[0]))
-        try: out = self.model(input_ids=ids, inputs_embeds=embeds, attention_mask=None if full is None else full.long(), use_cache=on, past_key_values=cache.kv if on else None,
+        try: out = self.model(input_ids=ids, inputs_embeds=embeds, attention_mask=None if full is None else full.long(), use_cache=on, **{self._cache: cache.kv if on else None},
                               **(dict(position_ids=pos) if self._positions else {}))
         finally: hook.remove()
-        if on: cache.kv, cache.mask = out.past_key_values, full
+        if on: cache.kv, cache.mask = getattr(out, self._cache), full
         return LMOutput(out.logits, caught[-1], cache)
 
 def as_causal_lm(
