@@ -167,6 +167,64 @@ def _linear_max(device, b, t, v, d, grad):
     size = h.element_size()
     return {k: _with_grads(f, (h, w), grad) for k, f in calls.items()}, 2*b*t*v*d + 4*b*v*d*grad, size*(b*t*d + v*d)*(3 if grad else 1) + 12*b*v*(1 + grad)
 
+# %% ../nbs/00_foundations/13_bench.ipynb #d8de096f
+from .kernels import ByteBins, byte_marginal, sample_mix, sample_token
+
+# %% ../nbs/00_foundations/13_bench.ipynb #f9f31104
+def _logits(n, t, device): return _randn(n, t, device=device)*3 # a nucleus of about a thousand tokens at top_p=.9
+
+def _renorm(p): return p/p.sum(-1, keepdim=True)
+
+def _top_p_sorted(p, top_p): # (n, t) -> renormalized, by a full sort
+    s, order = p.sort(dim=-1, descending=True)
+    return _renorm(p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter(1, order, s.cumsum(-1) - s >= top_p), 0.))
+
+def _mix_eager(z, e, t=.6, top_k=30, top_p=.95, n=10): # the steps of Soft Thinking, one after the other
+    p = (z/t).softmax(-1)
+    entropy = -(p*p.clamp_min(1e-38).log()).sum(-1)
+    p = _top_p_sorted(_renorm(p.masked_fill(p < p.topk(top_k)[0][:, -1:], 0.)), top_p)
+    q, ids = p.topk(n)
+    q = _renorm(q)
+    return (q[:, :, None]*e[ids]).sum(1), q, ids, entropy
+
+def _mix_topk(z, e, t=.6, top_k=30, top_p=.95, n=10): # top-k first, no sort
+    x, ids = (z/t).topk(top_k)
+    p = (z/t).softmax(-1)
+    entropy = -(p*p.clamp_min(1e-38).log()).sum(-1)
+    q = x.softmax(-1)
+    q = _renorm(q.masked_fill(q.cumsum(-1) - q >= top_p, 0.)[:, :n])
+    return F.embedding_bag(ids[:, :n], e, per_sample_weights=q, mode='sum'), q, ids[:, :n], entropy
+
+@case(cpu=[dict(n=16, t=151936, d=1024)], gpu=[dict(n=64, t=151936, d=5120), dict(n=1, t=151936, d=5120)])
+def _sample_mix(device, n, t, d):
+    "Mixtures of ten tokens for n rows of t logits, embeddings d wide"
+    z, e = _logits(n, t, device), _randn(t, d, device=device, seed=1)
+    calls = {'tokbook': lambda: sample_mix(z, e, temperature=.6, top_k=30, top_p=.95, n=10), 'sort, eager': lambda: _mix_eager(z, e), 'topk, eager': lambda: _mix_topk(z, e)}
+    if device == 'cuda': calls['topk, torch.compile'] = (lambda f: lambda: f(z, e))(torch.compile(_mix_topk))
+    return calls, 7*n*t + 20*n*d, 4*(n*t + 11*n*d)
+
+def _token_eager(z, top_p): return torch.multinomial(_top_p_sorted(z.softmax(-1), top_p) if top_p < 1 else z.softmax(-1), 1)
+
+@case(cpu=[dict(n=16, t=151936, top_p=.9), dict(n=16, t=151936, top_p=1.)], gpu=[dict(n=n, t=151936, top_p=p) for n in (64, 1) for p in (.9, 1.)])
+def _sample_token(device, n, t, top_p):
+    "Tokens for n rows of t logits"
+    z = _logits(n, t, device)
+    calls = {'tokbook': lambda: sample_token(z, top_p=top_p), 'sort, eager' if top_p < 1 else 'multinomial, eager': lambda: _token_eager(z, top_p)}
+    if top_p == 1: calls['Gumbel-max, eager'] = lambda: (z - torch.empty_like(z).exponential_().log_()).argmax(-1)
+    if device == 'cuda': calls['torch.compile'] = (lambda f: lambda: f(z, top_p))(torch.compile(_token_eager))
+    return calls, 6*n*t, 4*n*t + 8*n
+
+@case(cpu=[dict(n=16, t=151936)], gpu=[dict(n=4096, t=128256), dict(n=64, t=128256)])
+def _byte_marginal(device, n, t):
+    "The law of the next byte for n rows of t logits; half of the tokens begin with a space"
+    z, g = _logits(n, t, device), torch.Generator().manual_seed(2)
+    first = torch.randint(257, (t,), generator=g).where(torch.rand(t, generator=g) < .5, 32).to(device)
+    bins = ByteBins(first)
+    dense, zero = F.one_hot(first, 257).float(), lambda: z.new_zeros(n, 257)
+    calls = {'tokbook': lambda: byte_marginal(z, bins), 'log_softmax + index_add': lambda: zero().index_add_(1, first, z.log_softmax(-1).exp()).log(), 'dense product': lambda: (z.softmax(-1) @ dense).log()}
+    if device == 'cuda': calls['torch.compile'] = (lambda f: lambda: f(z))(torch.compile(lambda z: zero().index_add_(1, first, z.log_softmax(-1).exp()).log()))
+    return calls, 3*n*t, 4*(n*t + 257*n)
+
 # %% ../nbs/00_foundations/13_bench.ipynb #78aa4f7d
 def timed(
     calls, # dict of functions without arguments
