@@ -10,7 +10,7 @@ import argparse, gc, html, json, os, platform, subprocess, sys, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from .core import check_in, check_range, provenance, root
-from .kernels import code_stats, energy_score, match_tokens, merge_groups, nearest_code
+from .kernels import code_stats, energy_score, match_and_merge, nearest_code
 
 # %% ../nbs/00_foundations/13_bench.ipynb #e79e7ce8
 CASES = {} # name -> (function, list of sizes for a CPU, list of sizes for a GPU)
@@ -83,21 +83,11 @@ def _tome_eager(x, metric, r): # (b, t, c), (b, t, d) -> (b, t - r, c): unmerged
     merged = odd.scatter_reduce(1, wide(dst), even.gather(1, wide(src)), 'mean')
     return torch.cat([even.gather(1, wide(stay)), merged], 1)
 
-def _tome_kernels(x, metric, r): # the same
-    "Bipartite soft matching and mean merging with `match_tokens` and `merge_groups`."
-    dst, best = match_tokens(metric[:, ::2], metric[:, 1::2])
-    order, ne = best.argsort(dim=-1, descending=True), dst.shape[1]
-    kept = torch.arange(-r, ne - r, device=x.device).expand_as(dst) # groups of even tokens, by rank: the first r are merged
-    group = torch.empty(x.shape[:2], dtype=torch.long, device=x.device)
-    group[:, ::2] = torch.where(kept < 0, dst.gather(1, order) + ne - r, kept).scatter(1, order, torch.where(kept < 0, dst.gather(1, order) + ne - r, kept))
-    group[:, 1::2] = torch.arange(ne - r, x.shape[1] - r, device=x.device)
-    return merge_groups(x, group, x.shape[1] - r)
-
 @case(cpu=[dict(b=32, t=197, d=64, c=384), dict(b=4, t=1024, d=64, c=384)], gpu=[dict(b=256, t=197, d=64, c=384), dict(b=256, t=577, d=64, c=1024), dict(b=32, t=4096, d=64, c=1024)])
 def _match_merge(device, b, t, d, c):
     "One step of token merging: match, and merge a quarter of t tokens of width c"
     x, m, r = _randn(b, t, c, device=device), _randn(b, t, d, device=device, seed=1), t//4
-    return {'tokbook': lambda: _tome_kernels(x, m, r), 'ToMe, eager': lambda: _tome_eager(x, m, r)}, 2*b*(t//2)**2*d + b*t*c, 4*b*(t*d + (2*t - r)*c)
+    return {'tokbook': lambda: match_and_merge(x, r, metric=m).x, 'ToMe, eager': lambda: _tome_eager(x, m, r)}, 2*b*(t//2)**2*d + b*t*c, 4*b*(t*d + (2*t - r)*c)
 
 # %% ../nbs/00_foundations/13_bench.ipynb #2e6984df
 from .kernels import linear_cross_entropy, linear_logprob, linear_max
@@ -224,6 +214,56 @@ def _byte_marginal(device, n, t):
     calls = {'tokbook': lambda: byte_marginal(z, bins), 'log_softmax + index_add': lambda: zero().index_add_(1, first, z.log_softmax(-1).exp()).log(), 'dense product': lambda: (z.softmax(-1) @ dense).log()}
     if device == 'cuda': calls['torch.compile'] = (lambda f: lambda: f(z))(torch.compile(lambda z: zero().index_add_(1, first, z.log_softmax(-1).exp()).log()))
     return calls, 3*n*t, 4*(n*t + 257*n)
+
+# %% ../nbs/00_foundations/13_bench.ipynb #a997d437
+from .kernels import causal, documents, greedy_select, grid_receivers, ordered_attention, unmerge_groups
+
+# %% ../nbs/00_foundations/13_bench.ipynb #268405d1
+@case(cpu=[dict(b=2, side=32, c=320), dict(b=2, side=64, c=320)], gpu=[dict(b=16, side=64, c=320), dict(b=4, side=128, c=640)])
+def _grid_merge(device, b, side, c):
+    "Merge half of a square grid of tokens into one token in each 2×2 cell, and unmerge"
+    x, recv, r = _randn(b, side*side, c, device=device), grid_receivers(side, side).to(device), side*side//2
+    def ours(): m = match_and_merge(x, r, receivers=recv); return unmerge_groups(m.x, m.group)
+    calls = {'tokbook': ours}
+    try:
+        from tomesd.merge import bipartite_soft_matching_random2d as soft
+        def theirs(): merge, unmerge = soft(x, side, side, 2, 2, r, no_rand=True); return unmerge(merge(x))
+        calls['tomesd'] = theirs
+    except ImportError: pass
+    n, m = side*side, side*side//4
+    return calls, 2*b*m*(n - m)*c + b*n*c, 4*b*c*(n + 2*(n - r) + n)
+
+@case(cpu=[dict(b=1, n=2880, k=288, d=1024), dict(b=1, n=2880, k=720, d=1024), dict(b=8, n=576, k=58, d=1024)],
+      gpu=[dict(b=1, n=2880, k=288, d=4096), dict(b=16, n=2880, k=288, d=4096), dict(b=64, n=576, k=144, d=1024)])
+def _greedy_select(device, b, n, k, d):
+    "k of n tokens by max-sum"
+    x, rows, start = _randn(b, n, d, device=device), torch.arange(b, device=device), torch.zeros(b, dtype=torch.long, device=device)
+    def step(column, s, pick): s = s + column; s[rows, pick] = float('inf'); return s, s.argmin(1)
+    def loop(step=step, table=False):
+        u = F.normalize(x, dim=-1); g = u @ u.mT if table else None
+        s, picks = x.new_zeros(b, n), [start]
+        for _ in range(k - 1):
+            p = picks[-1]
+            s, p = step(g[rows, p] if table else (u @ u[rows, p][..., None])[..., 0], s, p)
+            picks.append(p)
+        return torch.stack(picks, 1)
+    calls = {'tokbook': lambda: greedy_select(x, k, start=start), 'loop': loop, 'table + loop': lambda: loop(table=True)}
+    if device == 'cuda':
+        fast = torch.compile(step)
+        calls['loop, compiled step'] = lambda: loop(fast)
+    return calls, 2*b*n*n*d if 16*k > n else 2*b*k*n*d, 4*b*n*d + 8*b*k
+
+@case(cpu=[dict(b=1, h=8, t=2048, docs=1, d=64), dict(b=1, h=8, t=2048, docs=8, d=64)], gpu=[dict(b=8, h=16, t=8192, docs=1, d=64), dict(b=8, h=16, t=8192, docs=32, d=64)])
+def _ordered_attention(device, b, h, t, docs, d):
+    "Causal attention over packed documents of equal length"
+    q, k, v = (_randn(b, h, t, d, device=device, seed=i) for i in range(3))
+    if device == 'cuda': q, k, v = (x.bfloat16() for x in (q, k, v))
+    ids = torch.arange(t, device=device)*docs//t
+    mask = causal() & documents(ids)
+    sdpa, dense, each = F.scaled_dot_product_attention, mask.dense(t), t//docs
+    calls = {'tokbook': lambda: ordered_attention(q, k, v, mask), 'SDPA, dense mask': lambda: sdpa(q, k, v, attn_mask=dense),
+             'SDPA, a call a document': lambda: torch.cat([sdpa(*(x[:, :, i:i + each] for x in (q, k, v)), is_causal=True) for i in range(0, t, each)], 2)}
+    return calls, 2*b*h*t*(t//docs)*d, (2 if device == 'cuda' else 4)*4*b*h*t*d
 
 # %% ../nbs/00_foundations/13_bench.ipynb #78aa4f7d
 def timed(
