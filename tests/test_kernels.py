@@ -292,10 +292,10 @@ def test_kernels_compile_for_a_gpu():
     pytest.importorskip('triton')
     from tokbook.kernels import merging, nearest
     f32, i64, i32, bf16 = '*fp32', '*i64', 'i32', '*bf16'
-    near = dict(z_ptr=bf16, e_ptr=f32, bias_ptr=f32, mu_ptr=f32, scale_ptr=f32, code_ptr=i64, n=i32, k=i32, d=i32)
+    near = dict(z_ptr=bf16, e_ptr=f32, bias_ptr=f32, mu_ptr=f32, scale_ptr=f32, wt_ptr=f32, code_ptr=i64, best_ptr=f32, n=i32, k=i32, d=i32, span=i32)
     for d in (8, 256):
         c = nearest._tiles(4096, 4096, d)[0]; c.pop('num_stages')
-        assert 'mma' not in cubin(nearest._nearest_kernel, near, PRECISION='ieee', **c) # full fp32: no tensor cores
+        assert 'mma' not in cubin(nearest._nearest_kernel, near, PRECISION='ieee', WEIGHT=d == 8, SPLIT=d == 256, **c) # full fp32: no tensor cores
     bag = dict(x_ptr=bf16, index_ptr=i64, weight_ptr=f32, edge_ptr=i64, out_ptr=f32, c=i32)
     for index, weight, top in ((False, False, False), (True, True, False), (True, False, True)):
         assert 'atom' not in cubin(nearest._bag_kernel, bag, BR=16, BC=256, INDEX=index, WEIGHT=weight, MAX=top)

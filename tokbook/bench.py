@@ -265,6 +265,79 @@ def _ordered_attention(device, b, h, t, docs, d):
              'SDPA, a call a document': lambda: torch.cat([sdpa(*(x[:, :, i:i + each] for x in (q, k, v)), is_causal=True) for i in range(0, t, each)], 2)}
     return calls, 2*b*h*t*(t//docs)*d, (2 if device == 'cuda' else 4)*4*b*h*t*d
 
+# %% ../nbs/00_foundations/13_bench.ipynb #kq75b297
+import shutil
+from .kernels import assignment_entropy, residual_nearest, scalar_quantize
+
+# %% ../nbs/00_foundations/13_bench.ipynb #kq43c93e
+def _residual_eager(z, books): # (n, d), (q, k, d) -> codes (n, q), sum (n, d)
+    r, total, codes = z, 0, []
+    for b in books:
+        codes.append(torch.addmm((b**2).sum(1), r, b.T, alpha=-2).argmin(1))
+        r, total = r - b[codes[-1]], total + b[codes[-1]]
+    return torch.stack(codes, 1), total
+
+def _residual_searches(z, books): # the same with `nearest_code`
+    r, total, codes = z, 0, []
+    for b in books:
+        codes.append(nearest_code(r, b))
+        r, total = r - b[codes[-1]], total + b[codes[-1]]
+    return torch.stack(codes, 1), total
+
+@case(cpu=[dict(n=16384, q=8, k=16, d=32), dict(n=8192, q=8, k=1024, d=64)],
+      gpu=[dict(n=2**20, q=8, k=16, d=64), dict(n=2**20, q=8, k=256, d=64), dict(n=2**18, q=8, k=1024, d=128), dict(n=2**17, q=32, k=1024, d=128)])
+def _residual_nearest(device, n, q, k, d):
+    "Codes of n vectors in q stages of k codes"
+    z, books = _randn(n, d, device=device), _randn(q, k, d, device=device, seed=1)*.7**torch.arange(q, device=device)[:, None, None]
+    calls = {'tokbook': lambda: residual_nearest(z, books), 'loop of nearest_code': lambda: _residual_searches(z, books), 'loop of addmm + argmin': lambda: _residual_eager(z, books)}
+    try:
+        from vector_quantize_pytorch import ResidualVQ
+        vq = ResidualVQ(dim=d, num_quantizers=q, codebook_size=k).to(device).eval()
+        for layer, b in zip(vq.layers, books): layer._codebook.embed.data.copy_(b[None])
+        calls['vector-quantize-pytorch'] = lambda: vq(z[None])[1]
+    except ImportError: pass
+    return calls, 2*n*q*k*d, 4*(2*n*d + q*k*d) + 8*n*q
+
+# %% ../nbs/00_foundations/13_bench.ipynb #kq320b72
+def _fsq_eager(x, levels): # as usually written: bound, round, straight-through, pack
+    L = torch.tensor(levels, device=x.device)
+    reach, offset = (L - 1)*(1 + 1e-3)/2, .5*(L % 2 == 0)
+    b = reach*torch.tanh(x + torch.where(L > 2, torch.atanh(offset/reach), 0)) - offset
+    q = b + (b.round() - b).detach()
+    basis = torch.tensor([1, *levels[:-1]], device=x.device).cumprod(0)
+    return q/(L//2), ((q.detach() + L//2).long()*basis).sum(-1)
+
+@case(cpu=[dict(n=2**18, levels=(8, 8, 8, 5, 5, 5)), dict(n=2**16, levels=(5,)*16)], gpu=[dict(n=2**24, levels=(8, 8, 8, 5, 5, 5)), dict(n=2**22, levels=(5,)*16)])
+def _scalar_quantize(device, n, levels):
+    "FSQ of n vectors, forward and backward: bound, round, pack"
+    x, go = _randn(n, len(levels), device=device).requires_grad_(), _randn(n, len(levels), device=device, seed=1)
+    def both(f):
+        def call():
+            with torch.enable_grad(): y, code = f(x, levels)
+            return torch.autograd.grad(y, x, go)[0], code
+        return call
+    calls = {'tokbook': both(scalar_quantize), 'eager': both(_fsq_eager)}
+    if device == 'cuda' or shutil.which('g++'): calls['torch.compile'] = both(torch.compile(_fsq_eager, dynamic=False)) # compiles when first called
+    return calls, 20*x.numel(), 4*5*x.numel() + 8*n
+
+# %% ../nbs/00_foundations/13_bench.ipynb #kqdcc353
+def _entropy_eager(z, e, t): # the table of assignments
+    p = (-torch.cdist(z, e)**2/t).softmax(-1)
+    h = lambda p: -torch.xlogy(p, p).sum(-1)
+    return h(p).mean(), h(p.mean(0))
+
+@case(cpu=[dict(n=2048, k=4096, d=16), dict(n=1024, k=16384, d=64)], gpu=[dict(n=2**16, k=4096, d=16), dict(n=2**16, k=16384, d=64), dict(n=2**15, k=2**18, d=18)])
+def _assignment_entropy(device, n, k, d):
+    "Entropy terms of n vectors softly assigned to k codes, forward and backward"
+    z, e = _randn(n, d, device=device).requires_grad_(), _randn(k, d, device=device, seed=1).requires_grad_()
+    def both(f):
+        def call():
+            with torch.enable_grad():
+                one, batch = f(z, e, 2.)
+                return torch.autograd.grad(one - batch, (z, e))
+        return call
+    return {'tokbook': both(assignment_entropy), 'eager': both(_entropy_eager)}, 8*n*k*d, 4*(2*n*d + 2*k*d)
+
 # %% ../nbs/00_foundations/13_bench.ipynb #78aa4f7d
 def timed(
     calls, # dict of functions without arguments

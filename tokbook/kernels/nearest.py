@@ -7,6 +7,7 @@ __all__ = ['triton', 'tl', 'BLOCK', 'METRICS', 'CHUNK', 'nearest_code', 'code_st
 
 # %% ../../nbs/00_foundations/11_nearest.ipynb #030a03e7
 import math, torch
+from typing import Optional
 from ..core import Bool, Float, Int, Tensor, check, check_in, check_range
 from . import full_precision, launch, load_triton, use_triton
 triton, tl = load_triton()
@@ -16,21 +17,26 @@ def _pow2(x): # a power of two of about |x|: dividing by it is exact
     top = 126 if x.dtype == torch.float32 else 1022
     return torch.ldexp(torch.ones_like(x), torch.frexp(torch.where(x.isfinite(), x, 1.))[1].clamp(-top, top))
 
-def _prepare(codebook, metric, dtype, size=None): # (k, d) -> rows [-2e, |e|²] (size, d + 1), center (d,), the scales g and s; e = (codebook/g - center)/s
+def _largest(x): # the largest |x|, in one pass
+    lo, hi = x.aminmax()
+    return torch.maximum(hi, -lo)
+
+def _prepare(codebook, metric, dtype, size=None, weight=None): # (k, d) -> rows [-2e, |e|²] (size, d + 1), center (d,), the scales g and s; e = (codebook/g - center)/s
     (k, d), size = codebook.shape, size or len(codebook)
     out = torch.zeros(size, d + 1, dtype=dtype, device=codebook.device)
     out[k:, d] = math.inf # rows beyond k never win
     e = out[:k, :d].copy_(codebook) # the only copy
-    largest = lambda mu=0.: torch.maximum((e.amax(0) - mu).abs(), (e.amin(0) - mu).abs()).max()
-    g = _pow2(largest())
+    if weight is not None: e *= weight != 0 # a coordinate that does not count takes no part in the scales either
+    g = _pow2(_largest(e))
     e /= g # |e| <= 1 from here on
     mu, s = e.new_zeros(d), e.new_ones(())
     if metric == 'euclidean':
         mu = e.mT @ e.new_full((k,), 1/k)
-        grid = _pow2(largest(mu))/8
+        grid = _pow2(torch.maximum((e.amax(0) - mu).abs(), (e.amin(0) - mu).abs()).max())/8
         mu = (mu/grid).round()*grid
         e -= mu
-        s = _pow2(largest())
+        if weight is not None: e *= weight # only now: before the center is gone it would round what the differences are made of
+        s = _pow2(_largest(e))
         e /= s
         out[:k, d] = torch.cat([(c*c).sum(1) for c in e.split(4096)])
     elif metric == 'cosine':
@@ -40,78 +46,107 @@ def _prepare(codebook, metric, dtype, size=None): # (k, d) -> rows [-2e, |e|²] 
     out[:k, d] += torch.where(e.sum().isfinite(), 0., math.nan) # one broken code breaks every row, not only some
     return out, mu, g, s
 
-def _rows(z, mu, g, s): # (n, d) -> (n, d + 1): each row at its own scale, with the factor of |e|² at its end
-    t = _pow2(torch.maximum(z.abs().amax(1, keepdim=True), g))
-    return torch.cat([z/t - mu*(g/t), s*(g/t)], 1)
+def _rows(z, mu, g, s, weight=None, out=None): # (n, d) -> (n, d + 1): each row at its own scale, with the factor of |e|² at its end
+    n, d = z.shape
+    out = z.new_empty(n, d + 1) if out is None else out
+    if weight is not None: z = torch.where(weight == 0, z*0, z)
+    # rows of ordinary size can share a scale; the look is free on a CPU, and would make a GPU wait
+    if z.device.type == 'cpu' and (top := _largest(z)) <= 2**20*g: t = _pow2(torch.maximum(top, g))
+    else: t = _pow2(torch.maximum(torch.maximum(z.amax(1, keepdim=True), -z.amin(1, keepdim=True)), g))
+    torch.div(z, t, out=out[:, :d]).addcmul_(mu, g/t, value=-1)
+    if weight is not None: out[:, :d] *= weight
+    out[:, d:] = s*(g/t)
+    return out
 
-# %% ../../nbs/00_foundations/11_nearest.ipynb #65417802
+# %% ../../nbs/00_foundations/11_nearest.ipynb #c8dffddf
 BLOCK = 16 # codes a block
 
-def _search(z, codebook, metric): # (n, d), (k, d) -> codes (n,)
+def _search(z, codebook, metric, weight=None): # (n, d), (k, d), (d,) -> codes (n,)
     n, (k, d), dtype = len(z), codebook.shape, torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     blocks = -(-k//BLOCK)
-    e, *frame = _prepare(codebook, metric, dtype, blocks*BLOCK)
+    weight = None if weight is None else weight.to(dtype)
+    e, *frame = _prepare(codebook, metric, dtype, blocks*BLOCK, weight)
     width = torch.get_num_threads() if z.device.type == 'cpu' else 16
     one = len(e) <= 2048 # do all codes fit one tile? Then it still holds the scores when the winning block is looked at again
+    few = len(e) <= 64
     kt = len(e) if one else 512
-    nt = min(2**18*min(width, 16)//kt, 1024*width, n + 15) if one else min(512*min(width, 16), 2**22//blocks, 2**24//(BLOCK*(d + 1)), n + 15) # a tile; 16 MB of minima, 64 MB of gathered blocks at most
+    # a tile; 16 MB of minima, 64 MB of gathered blocks at most
+    nt = min(2**18*min(width, 16)//kt, (1 + few)*1024*width, n + 15) if one else min(512*min(width, 16), 2**22//blocks, 2**24//(BLOCK*(d + 1)), n + 15)
     nt = max(16, nt//16*16)
     tile, low, row = e.new_empty(kt*nt), e.new_empty(blocks, nt), e.new_zeros(nt, d + 1)
-    ids = torch.arange(blocks, device=e.device, dtype=torch.int32)[:, None]
+    ids = torch.arange(max(blocks, 64), device=e.device, dtype=torch.int32)[:, None]
+    first = lambda x, least: torch.where(x == least, ids[:len(x)], len(x) - 1).amin(0) # (m, nt), (nt,) -> (nt,)
     codes = torch.empty(n, dtype=torch.int64, device=z.device)
     for i in range(0, n, nt):
         m = min(nt, n - i)
-        row[:m] = _rows(z[i:i + m].to(dtype), *frame)
+        _rows(z[i:i + m].to(dtype), *frame, weight, row[:m])
         for j in range(0, len(e), kt):
             c = min(kt, len(e) - j)
             scores = torch.mm(e[j:j + c], row.mT, out=tile[:c*nt].view(c, nt))
-            torch.amin(scores.view(c//BLOCK, BLOCK, nt), 1, out=low[j//BLOCK:(j + c)//BLOCK])
-        best = low.amin(0) # (nt,)
-        block = torch.where(low == best, ids, blocks - 1).amin(0).long() # the first block with the minimum
-        if one: again = scores.view(blocks, BLOCK, nt).gather(0, block.expand(1, BLOCK, nt))[0] # (16, nt)
-        else: again = torch.bmm(e.view(blocks, BLOCK, d + 1)[block], row[:, :, None])[..., 0].mT
-        code = (block*BLOCK + again.argmin(0)).masked_fill_(~best.isfinite(), -1)
-        codes[i:i + m] = code[:m]
+            if not few: torch.amin(scores.view(c//BLOCK, BLOCK, nt), 1, out=low[j//BLOCK:(j + c)//BLOCK])
+        best = (scores if few else low).amin(0) # (nt,)
+        if few: code = first(scores, best)
+        else:
+            block = first(low, best).long() # the first block with the minimum
+            if one: again = scores.view(blocks, BLOCK, nt).gather(0, block.expand(1, BLOCK, nt))[0] # (16, nt)
+            else: again = torch.bmm(e.view(blocks, BLOCK, d + 1)[block], row[:, :, None])[..., 0].mT
+            code = block*BLOCK + first(again, again.amin(0))
+        codes[i:i + m] = code.masked_fill(~best.isfinite(), -1)[:m]
     return codes
 
-# %% ../../nbs/00_foundations/11_nearest.ipynb #c8dffddf
+# %% ../../nbs/00_foundations/11_nearest.ipynb #2b19fb50
 @triton.jit
-def _nearest_kernel(z_ptr, e_ptr, bias_ptr, mu_ptr, scale_ptr, code_ptr, n, k, d,
-                    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64)
+def _load_rows(ptr, mask, wt, WEIGHT: tl.constexpr): # a tile of vectors; what does not count becomes 0, or stays NaN
+    x = tl.load(ptr, mask=mask, other=0.).to(tl.float32)
+    if WEIGHT: x = tl.where(wt[None, :] == 0, x*0, x)
+    return x
+
+@triton.jit
+def _nearest_kernel(z_ptr, e_ptr, bias_ptr, mu_ptr, scale_ptr, wt_ptr, code_ptr, best_ptr, n, k, d, span,
+                    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SHORT: tl.constexpr, WEIGHT: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    head, part = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64)*BN + tl.arange(0, BN)
     here, cols = (rows < n)[:, None], tl.arange(0, BD)
     z_ptr += (head*n + rows[:, None])*d
     e_ptr += head*k*d
     mu_ptr += head*d
+    wt_ptr += head*d
     g, s = tl.load(scale_ptr + head*2), tl.load(scale_ptr + head*2 + 1)
     # the power of two of each row: the exponent bits of its largest entry
     top = tl.zeros((BN,), tl.float32) + g
     for j in range(0, d, BD):
-        x = tl.load(z_ptr + j + cols[None, :], mask=here & (j + cols < d)[None, :], other=0.).to(tl.float32)
-        top = tl.maximum(top, tl.max(tl.abs(x), 1))
+        inside = j + cols < d
+        wt = tl.load(wt_ptr + j + cols, mask=inside, other=0.) if WEIGHT else g
+        top = tl.maximum(top, tl.max(tl.abs(_load_rows(z_ptr + j + cols[None, :], here & inside[None, :], wt, WEIGHT)), 1))
     bits = tl.minimum(top.to(tl.int32, bitcast=True) & 0x7f800000, 253 << 23)
     inv = ((254 << 23) - bits).to(tl.float32, bitcast=True) # exactly 1/2^exponent
     if SHORT:
-        zt = tl.load(z_ptr + cols[None, :], mask=here & (cols < d)[None, :], other=0.).to(tl.float32)*inv[:, None] - tl.load(mu_ptr + cols, mask=cols < d, other=0.)[None, :]*(g*inv)[:, None]
+        inside = cols < d
+        wt = tl.load(wt_ptr + cols, mask=inside, other=0.) if WEIGHT else g
+        zt = _load_rows(z_ptr + cols[None, :], here & inside[None, :], wt, WEIGHT)*inv[:, None] - tl.load(mu_ptr + cols, mask=inside, other=0.)[None, :]*(g*inv)[:, None]
+        if WEIGHT: zt *= wt[None, :]
     best, code = tl.full((BN,), float('inf'), tl.float32), tl.full((BN,), -1, tl.int64)
-    for k0 in range(0, k, BK):
-        ks = k0 + tl.arange(0, BK)
+    for k0 in range(part*span, tl.minimum(part*span + span, k), BK):
+        ks = k0 + tl.arange(0, BK).to(tl.int64)
         score = tl.zeros((BN, BK), tl.float32)
         for j in range(0, d, BD):
             inside = j + cols < d
             if not SHORT:
-                zt = tl.load(z_ptr + j + cols[None, :], mask=here & inside[None, :], other=0.).to(tl.float32)*inv[:, None] - tl.load(mu_ptr + j + cols, mask=inside, other=0.)[None, :]*(g*inv)[:, None]
-            et = tl.load(e_ptr + ks[None, :].to(tl.int64)*d + (j + cols)[:, None], mask=(ks < k)[None, :] & inside[:, None], other=0.)
+                wt = tl.load(wt_ptr + j + cols, mask=inside, other=0.) if WEIGHT else g
+                zt = _load_rows(z_ptr + j + cols[None, :], here & inside[None, :], wt, WEIGHT)*inv[:, None] - tl.load(mu_ptr + j + cols, mask=inside, other=0.)[None, :]*(g*inv)[:, None]
+                if WEIGHT: zt *= wt[None, :]
+            et = tl.load(e_ptr + ks[None, :]*d + (j + cols)[:, None], mask=(ks < k)[None, :] & inside[:, None], other=0.)
             score = tl.dot(zt, et, score, input_precision=PRECISION)
         score += (s*(g*inv))[:, None]*tl.load(bias_ptr + head*k + ks, mask=ks < k, other=float('inf'))[None, :]
         score = tl.where((ks < k)[None, :], score, float('inf'))
         m = tl.min(score, 1)
         first = tl.min(tl.where(score == m[:, None], ks[None, :], k), 1)
-        code = tl.where(m < best, first.to(tl.int64), code)
+        code = tl.where(m < best, first, code)
         best = tl.minimum(m, best)
-    code = tl.where((best > float('-inf')) & (best < float('inf')) & (code < k), code, -1)
-    tl.store(code_ptr + head*n + rows, code, mask=rows < n)
+    good = (best > float('-inf')) & (best < float('inf')) & (code < k)
+    at = (part*tl.num_programs(1) + head)*n + rows # (parts, heads, n)
+    tl.store(code_ptr + at, tl.where(good, code, -1), mask=rows < n)
+    if SPLIT: tl.store(best_ptr + at, tl.where(good, best, float('inf')), mask=rows < n)
 
 # %% ../../nbs/00_foundations/11_nearest.ipynb #95c81625
 def _tiles(n, k, d): # configurations for the shape class, best guess first
@@ -121,22 +156,33 @@ def _tiles(n, k, d): # configurations for the shape class, best guess first
     bd = max(16, min(64 if d > 128 else 128, 1 << (d - 1).bit_length()))
     return [dict(BN=bn, BK=bk, BD=bd, SHORT=d <= bd, num_warps=w, num_stages=2) for bn, bk, w in sizes]
 
-def _search_triton(z, codebook, metric, allow_tf32): # (h, n, d), (h, k, d) -> codes (h, n)
+def _processors(x): return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+def _parts(bands, k, bk, processors): # -> parts of the codes, and codes a part: two programs a processor, but not fewer than 4 tiles a program
+    tiles = -(-k//bk)
+    span = -(-tiles//max(1, min(2*processors//bands, tiles//4)))*bk
+    return -(-k//span), span
+
+def _search_triton(z, codebook, metric, allow_tf32, weight=None, parts=None): # (h, n, d), (h, k, d), (h, d) -> codes (h, n)
     (h, n, d), k = z.shape, codebook.shape[1]
-    e, mu, g, s = map(torch.stack, zip(*[_prepare(c, metric, torch.float32) for c in codebook]))
-    e, bias = e[..., :d].contiguous(), e[..., d].contiguous()
-    codes, scale = torch.empty(h, n, dtype=torch.int64, device=z.device), torch.stack([g, s], 1)
-    run = lambda **c: _nearest_kernel[(triton.cdiv(n, c['BN']), h)](z, e, bias, mu, scale, codes, n, k, d, PRECISION='tf32' if allow_tf32 else 'ieee', **c)
-    with torch.cuda.device_of(z): launch(run, _tiles(n, k, d), 'nearest_code', n, k, d)
-    return codes
+    e, mu, g, s = map(torch.stack, zip(*[_prepare(c, metric, torch.float32, weight=None if weight is None else weight[i]) for i, c in enumerate(codebook)]))
+    e, bias, scale = e[..., :d].contiguous(), e[..., d].contiguous(), torch.stack([g, s], 1)
+    def run(BN, BK, **c):
+        bands = triton.cdiv(n, BN)
+        p, span = parts(BK) if parts else _parts(bands*h, k, BK, _processors(z))
+        codes, best = torch.empty(p, h, n, dtype=torch.int64, device=z.device), z.new_empty((p, h, n) if p > 1 else 1, dtype=torch.float32)
+        _nearest_kernel[(bands, h, p)](z, e, bias, mu, scale, bias if weight is None else weight, codes, best, n, k, d, span,
+                                       BN=BN, BK=BK, WEIGHT=weight is not None, SPLIT=p > 1, PRECISION='tf32' if allow_tf32 else 'ieee', **c)
+        return codes[0] if p == 1 else codes.where(best == best.amin(0), k).amin(0)
+    with torch.cuda.device_of(z): return launch(run, _tiles(n, k, d), 'nearest_code', n, k, d)
 
 # %% ../../nbs/00_foundations/11_nearest.ipynb #2ce401af
-def _distance(z, codebook, codes, metric): # (n, d), (k, d), (n,) -> (n,) fp32
+def _distance(z, codebook, codes, metric, weight=None): # (n, d), (k, d), (n,), (d,) -> (n,) fp32
     out, step = torch.empty(len(z), device=z.device), max(1, 2**20//z.shape[1])
     for i in range(0, len(z), step):
         a, c = z[i:i + step].double(), codes[i:i + step]
         b = codebook[c.clamp_min(0)].double()
-        if metric == 'euclidean': x = (a - b).norm(dim=1)
+        if metric == 'euclidean': x = ((a - b) if weight is None else torch.where(weight == 0, a*0, (a - b)*weight.double().sqrt())).norm(dim=1)
         else: x = -(a*b).sum(1)
         if metric == 'cosine': x = 1 + x/(a.norm(dim=1)*b.norm(dim=1)).clamp_min(1e-300)
         out[i:i + step] = x.masked_fill(c < 0, math.nan)
@@ -144,18 +190,23 @@ def _distance(z, codebook, codes, metric): # (n, d), (k, d), (n,) -> (n,) fp32
 
 # %% ../../nbs/00_foundations/11_nearest.ipynb #404eb51c
 @torch.library.custom_op('tokbook::nearest_code', mutates_args=())
-def _nearest_op(z: Tensor, codebook: Tensor, metric: str, distance: bool, allow_tf32: bool, kernel: bool) -> tuple[Tensor, Tensor]:
-    with full_precision(z.device.type, allow_tf32): # z (h, n, d), codebook (h, k, d)
+def _nearest_op(z: Tensor, codebook: Tensor, metric: str, distance: bool, allow_tf32: bool, kernel: bool, weight: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    with full_precision(z.device.type, allow_tf32): # z (h, n, d), codebook (h, k, d), weight (h, d)
+        root = each = [None]*len(z)
+        if weight is not None:
+            acc = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
+            root, each = weight.to(acc).sqrt(), weight
+            root = root/_pow2(root.amax(1, keepdim=True)) # at most 1: no square overflows
         if 0 in z.shape: codes = z.new_empty(z.shape[:2], dtype=torch.int64)
-        elif kernel: codes = _search_triton(z.contiguous(), codebook, metric, allow_tf32)
-        else: codes = torch.stack([_search(a, b, metric) for a, b in zip(z, codebook)])
+        elif kernel: codes = _search_triton(z.contiguous(), codebook, metric, allow_tf32, None if weight is None else root.float().contiguous())
+        else: codes = torch.stack([_search(a, b, metric, w) for a, b, w in zip(z, codebook, root)])
         dist = z.new_empty(z.shape[:2] if distance else 0, dtype=torch.float32)
         if distance:
-            for o, *abc in zip(dist, z, codebook, codes): o.copy_(_distance(*abc, metric))
+            for o, a, b, c, w in zip(dist, z, codebook, codes, each): o.copy_(_distance(a, b, c, metric, w))
         return codes, dist
 
 @_nearest_op.register_fake
-def _(z, codebook, metric, distance, allow_tf32, kernel):
+def _(z, codebook, metric, distance, allow_tf32, kernel, weight=None):
     return z.new_empty(z.shape[:2], dtype=torch.int64), z.new_empty(z.shape[:2] if distance else 0, dtype=torch.float32)
 
 # %% ../../nbs/00_foundations/11_nearest.ipynb #59ee6ebe
@@ -166,16 +217,23 @@ def nearest_code(
     codebook: Float[Tensor, '... k d'], # codes; leading axes are heads, and broadcast against those of `z`
     *,
     metric='euclidean', # 'euclidean', 'cosine' (largest cosine) or 'dot' (largest inner product)
+    weight: Float[Tensor, '... d']=None, # what each coordinate counts in the squared Euclidean distance, not negative; (d,), or one a head
     return_distance=False, # also return the distance to the chosen code
     allow_tf32=False, # allow products in reduced precision, in which close codes are confused
     impl='auto', # 'auto', 'triton' or 'torch'
 ) -> Int[Tensor, '... n']: # codes; with `return_distance` also fp32 distances of the same shape
     """The nearest code of every vector, with no n×k table in memory. Equal codes: the lowest index. A row with NaN or infinity gets code -1 and distance NaN.
-    The distance is Euclidean (not squared), 1 - cosine, or minus the inner product. No gradient. ValueError for shapes that do not fit and for an empty or non-finite codebook."""
+    The distance is Euclidean (not squared), 1 - cosine, or minus the inner product. No gradient. ValueError for shapes that do not fit, an empty or non-finite codebook, a negative weight."""
     check(z, 'z', '... n d', finite=False, nonempty=False)
     check(codebook, 'codebook', '... k d', d=z.shape[-1], device=z.device)
     check_in(metric, 'metric', METRICS)
     (n, d), lead = z.shape[-2:], codebook.shape[:-2]
+    if weight is not None:
+        check(weight, 'weight', '... d', d=d, device=z.device)
+        if metric != 'euclidean': raise ValueError(f"weight needs metric='euclidean', got {metric!r}")
+        if weight.device.type == 'cpu' and not torch.compiler.is_compiling() and (weight < 0).any(): raise ValueError(f'weight must not be negative, got {weight.min().item()}')
+        try: weight = weight.detach().expand(*lead, d).reshape(-1, d)
+        except RuntimeError: raise ValueError(f'weight must have shape (d={d},) or one row a head, {(*lead, d)}, got {tuple(weight.shape)}') from None
     try: full = torch.broadcast_shapes(z.shape[:-2], lead)
     except RuntimeError: raise ValueError(f'codebook has leading axes {tuple(lead)}, which do not broadcast with those of z, {tuple(z.shape[:-2])}') from None
     lead = (1,)*(len(full) - len(lead)) + tuple(lead)
@@ -183,7 +241,7 @@ def nearest_code(
     order = own + [i for i in range(len(full)) if i not in own] # all others join the rows
     heads, rows = math.prod(lead), math.prod(full)//max(1, math.prod(lead))*n
     zs = z.detach().expand(*full, n, d).permute(*order, -2, -1).reshape(heads, rows, d)
-    codes, dist = _nearest_op(zs, codebook.detach().reshape(heads, -1, d), metric, return_distance, allow_tf32, use_triton(z, impl))
+    codes, dist = _nearest_op(zs, codebook.detach().reshape(heads, -1, d), metric, return_distance, allow_tf32, use_triton(z, impl), weight)
     back = [order.index(i) for i in range(len(full))] + [len(full)]
     undo = lambda x: x.view(*(full[i] for i in order), n).permute(back).contiguous()
     return (undo(codes), undo(dist)) if return_distance else undo(codes)
