@@ -4,7 +4,7 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from kernel_tools import cases, dtypes, randn, seeds, size
-from tokbook.kernels import Mask, blocks, causal, documents, ordered, ordered_attention, padding, prefix, tree, window
+from tokbook.kernels import Mask, blocks, causal, packed, ordered, ordered_attention, padding, prefix, tree, window
 from torch.nn.attention.flex_attention import create_block_mask
 
 def ints(lo, hi, *shape, seed): return torch.randint(lo, hi, shape, generator=torch.Generator().manual_seed(seed))
@@ -19,7 +19,7 @@ def leaves(b, t, seed): # a mask of every kind, and the sentence that it is
         while q > kv: q = par[n][q]
         return q == kv
     return [(causal(), lambda n, q, j: j <= q), (window(w), lambda n, q, j: abs(q - j) <= w), (prefix(k), lambda n, q, j: j < k), (prefix(some), lambda n, q, j: j < some[n]),
-            (padding(real), lambda n, q, j: real[n, j]), (padding(real[0]), lambda n, q, j: real[0, j]), (documents(ids), lambda n, q, j: ids[n, q] == ids[n, j] >= 0),
+            (padding(real), lambda n, q, j: real[n, j]), (padding(real[0]), lambda n, q, j: real[0, j]), (packed(ids), lambda n, q, j: ids[n, q] == ids[n, j] >= 0),
             (blocks(ids), lambda n, q, j: ids[n, j] <= ids[n, q]), (blocks(ids, strict=True), lambda n, q, j: ids[n, j] < ids[n, q]),
             (ordered(order), lambda n, q, j: rank[n, j] <= rank[n, q]), (ordered(order, strict=True), lambda n, q, j: rank[n, j] < rank[n, q]), (tree(torch.tensor(par)), above)]
 
@@ -85,7 +85,7 @@ def test_gradient(t):
     "Through the strips, against autograd through the softmax written out. A query without a key sends nothing."
     ids, order = ints(-1, 5, 2, t, seed=0), torch.randperm(t, generator=torch.Generator().manual_seed(1))
     x = [randn(2, 2, t, 4, seed=i).double().requires_grad_() for i in range(3)]
-    for mask in (causal() & documents(ids), ordered(order, strict=True), blocks(ids, strict=True) & window(30)):
+    for mask in (causal() & packed(ids), ordered(order, strict=True), blocks(ids, strict=True) & window(30)):
         for a, b in zip(*(torch.autograd.grad(f.sin().sum(), x) for f in (ordered_attention(*x, mask), softmax_attention(*x, mask.dense(t))))): torch.testing.assert_close(a, b)
     with pytest.raises(NotImplementedError, match='backward'): ordered_attention(*x, causal(), impl='flex')
 
@@ -111,7 +111,7 @@ def test_every_tree_of_six():
 def test_permuting_tokens_permutes_attention():
     "Siblings of a set, and everything else that only ids decide, may be stored in any order."
     ids, q, perm = ints(0, 4, 30, seed=0).sort()[0], randn(1, 2, 30, 8, seed=1), torch.randperm(30, generator=torch.Generator().manual_seed(2))
-    for make in (documents, blocks, lambda i: blocks(i, strict=True), lambda i: ~documents(i) | window(0)):
+    for make in (packed, blocks, lambda i: blocks(i, strict=True), lambda i: ~packed(i) | window(0)):
         a, b = ordered_attention(q, q, q, make(ids))[:, :, perm], ordered_attention(*[q[:, :, perm]]*3, make(ids[perm]))
         torch.testing.assert_close(a, b)
 
@@ -121,7 +121,7 @@ def test_cutting_the_registers_changes_nothing_before():
     torch.testing.assert_close(whole[:, :, :30], cut)
 
 def test_blocks_are_built_once():
-    m, q = causal() & documents(torch.zeros(40, dtype=torch.long)), randn(1, 1, 40, 8, seed=0)
+    m, q = causal() & packed(torch.zeros(40, dtype=torch.long)), randn(1, 1, 40, 8, seed=0)
     ordered_attention(q, q, q, m, impl='flex'); first = m._blocks
     ordered_attention(q, q, q, m, impl='flex'); assert m._blocks is first
     ordered_attention(q[:, :, :20], q, q, m, impl='flex'); assert m._blocks is not first
@@ -131,7 +131,7 @@ def test_compiles():
     "The dense path without a graph break, and the rule inside FlexAttention's compiled kernel."
     ids, order = ints(0, 3, 2, 150, seed=0), torch.randperm(150, generator=torch.Generator().manual_seed(1))
     q = randn(2, 2, 150, 16, seed=2)
-    mask = ordered(order, strict=True) & ~documents(ids) | prefix(torch.tensor([3, 9])) & padding(ids > 0) | tree(torch.arange(150)//2 - 1)
+    mask = ordered(order, strict=True) & ~packed(ids) | prefix(torch.tensor([3, 9])) & padding(ids > 0) | tree(torch.arange(150)//2 - 1)
     step = lambda q: ordered_attention(q, q, q, mask, impl='dense')
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend='aot_eager')(q), step(q))
     from torch.nn.attention.flex_attention import flex_attention
@@ -143,11 +143,11 @@ def test_no_square_table():
 import torch
 from tokbook.bench import _peak_here
 from tokbook.kernels import causal, ordered_attention, window
-t, m = 8192, causal() & window(64)
+t, m = 16384, causal() & window(64)
 q = torch.randn(1, 1, t, 8)
 m.tiles(256); ordered_attention(*[q[:, :, :512]]*3, m)
 print(*(_peak_here(f) for f in (lambda: m.dense(t), lambda: m.tiles(t), lambda: ordered_attention(q, q, q, m))))
 """
     dense, tiles, attention = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
-    square = 8192**2
+    square = 16384**2
     assert dense > .9*square and tiles < square and attention < square, (dense, tiles, attention)

@@ -216,7 +216,7 @@ def _byte_marginal(device, n, t):
     return calls, 3*n*t, 4*(n*t + 257*n)
 
 # %% ../nbs/00_foundations/13_bench.ipynb #a997d437
-from .kernels import causal, documents, greedy_select, grid_receivers, ordered_attention, unmerge_groups
+from .kernels import causal, greedy_select, grid_receivers, ordered_attention, packed, unmerge_groups
 
 # %% ../nbs/00_foundations/13_bench.ipynb #268405d1
 @case(cpu=[dict(b=2, side=32, c=320), dict(b=2, side=64, c=320)], gpu=[dict(b=16, side=64, c=320), dict(b=4, side=128, c=640)])
@@ -259,7 +259,7 @@ def _ordered_attention(device, b, h, t, docs, d):
     q, k, v = (_randn(b, h, t, d, device=device, seed=i) for i in range(3))
     if device == 'cuda': q, k, v = (x.bfloat16() for x in (q, k, v))
     ids = torch.arange(t, device=device)*docs//t
-    mask = causal() & documents(ids)
+    mask = causal() & packed(ids)
     sdpa, dense, each = F.scaled_dot_product_attention, mask.dense(t), t//docs
     calls = {'tokbook': lambda: ordered_attention(q, k, v, mask), 'SDPA, dense mask': lambda: sdpa(q, k, v, attn_mask=dense),
              'SDPA, a call a document': lambda: torch.cat([sdpa(*(x[:, :, i:i + each] for x in (q, k, v)), is_causal=True) for i in range(0, t, each)], 2)}
