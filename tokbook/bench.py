@@ -483,7 +483,7 @@ def table(
         where = r.get('gpu') if r['device'] == 'cuda' else f"{r['cpu']}, {r['threads']} thread{'s'*(r['threads'] > 1)} of {r['cores']} cores, load {r['load']:.1f} at the start"
         note = f"{where}; copy {r['rates']['copy']/1e9:.0f} GB/s, product {r['rates']['product']/1e9:.0f} GFLOP/s; " + ', '.join(f'{k} {v}' for k, v in r['versions'].items() if k in ('torch', 'triton')) + f"; commit {r['commit'] or 'unknown'}"
         cells = lambda tag, row: '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in row) + '</tr>'
-        parts.append(f'<table class="bench"><caption>{html.escape(name)} on {html.escape(note)}. Peers: time as a multiple of ours, memory.</caption><thead>{cells("th", head)}</thead><tbody>' + ''.join(cells('td', b) for b in body) + '</tbody></table>')
+        parts.append(f'<table class="bench"><caption>{html.escape(name)} on {html.escape(note)}. Peers: time as a multiple of ours (below 1: the peer was faster), memory.</caption><thead>{cells("th", head)}</thead><tbody>' + ''.join(cells('td', b) for b in body) + '</tbody></table>')
     missing = [d for d, w in (('cpu', 'a CPU'), ('cuda', 'a GPU')) if not any(r['device'] == d and any(x['name'] == name for x in r['results']) for r in results)]
     parts += [f'<p class="not-measured"><code>{html.escape(name)}</code> on {dict(cpu="a CPU", cuda="a GPU")[d]}: not measured.</p>' for d in missing]
     return '\n'.join(parts)
