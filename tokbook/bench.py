@@ -6,7 +6,7 @@
 __all__ = ['CASES', 'case', 'timed', 'machine_rates', 'peak_memory', 'run', 'main', 'load_results', 'table']
 
 # %% ../nbs/00_foundations/13_bench.ipynb #fdf81707
-import argparse, gc, html, json, os, platform, subprocess, sys, time
+import argparse, ctypes, gc, html, json, os, platform, subprocess, sys, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from .core import check_in, check_range, provenance, root
@@ -381,6 +381,10 @@ def _high_water(): # bytes, since the last reset where Linux allows one
 
 def _peak_here(f): # bytes that a call holds beyond what was there
     gc.collect()
+    try: # glibc would keep freed blocks in its heap: how many depends on luck
+        c = ctypes.CDLL(None)
+        c.mallopt(-3, 2**17); c.malloc_trim(0) # -3 is M_MMAP_THRESHOLD: a block of 128 KB and more goes back as soon as it is free
+    except (OSError, AttributeError): pass # another C library
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
     before = _high_water(); f()
