@@ -192,3 +192,38 @@ def test_picture_folder_in_a_loader(tmp_path):
         for i in range(3): Image.new('L' if i == 2 else 'RGB', (9 + i, 30), 128 if i == 2 else col).save(tmp_path/c/f'{i}.png')
     x, y = next(iter(torch.utils.data.DataLoader(PictureFolder(tmp_path, 8), 6)))
     assert x.shape == (6, 3, 8, 8) and y.tolist() == [0, 0, 0, 1, 1, 1] and x[3, 1].min() > .99
+
+# ---- drawn scenes ----
+@pytest.mark.parametrize('kind', data.SCENE_KINDS)
+def test_solids_against_marching(kind):
+    "Where a ray enters a solid and which way the surface faces there, against small steps along the ray and a difference quotient of the solid's own inequality."
+    g = torch.Generator().manual_seed(3); n = 400; rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+    r, yaw = .2 + .3*rand(n, 1), 1.5*rand(n, 1); az, el = 6.28*rand(n, 1), .5 + .5*rand(n, 1)
+    d = (az.cos()*el.cos(), az.sin()*el.cos(), -el.sin()); aim = [(2*rand(n, 1) - 1)*r*1.2, (2*rand(n, 1) - 1)*r*1.2, 2*rand(n, 1)*r]
+    o = tuple(a - 3*q for a, q in zip(aim, d)); t, N = data._solid(kind, o, d, r, yaw)
+    def level(x, y, z): # < 0 inside
+        u, v = yaw.cos()*x + yaw.sin()*y, yaw.cos()*y - yaw.sin()*x; rho = (x*x + y*y).sqrt()
+        if kind == 'ball': return (rho**2 + (z - r)**2).sqrt() - r
+        if kind == 'cube': return torch.stack([u.abs() - .8*r, v.abs() - .8*r, (z - .8*r).abs() - .8*r]).amax(0)
+        if kind == 'cone': return torch.maximum(rho - .48*(2*r - z), -z)
+        return torch.stack([rho - .8*r, z - 1.7*r, -z]).amax(0)
+    ts = torch.linspace(1.5, 4.5, 6001, dtype=torch.float64)[None]; inside = level(*(p + q*ts for p, q in zip(o, d))) < 0
+    hit = inside.any(1); first = ts[0, inside.int().argmax(1)]; finite = t[:, 0].isfinite()
+    assert (hit & ~finite).sum() == 0 and (finite & ~hit).sum() <= 3 and 100 < hit.sum() < 400 # a ray may cut a corner between two steps
+    assert (t[hit, 0] - first[hit]).abs().max() < 1e-3
+    p = [a + t*q for a, q in zip(o, d)]; h = 1e-6
+    slope = torch.stack([(level(*(c + h*(i == k) for i, c in enumerate(p))) - level(*(c - h*(i == k) for i, c in enumerate(p))))/(2*h) for k in range(3)])
+    cos = (torch.nn.functional.normalize(slope, dim=0)*torch.stack([c.expand(n, 1) for c in N])).sum(0)[:, 0]
+    assert (cos[hit] > .999).float().mean() > .98 and torch.allclose(sum(c*c for c in N)[hit], torch.ones(1, dtype=torch.float64))
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.integers(4, 20), st.integers(1, 4), st.integers(0, 2), st.sampled_from(['train', 'test']))
+def test_scenes_hold_together(seed, size, lo, more, split):
+    S = data.scenes(20, size, objects=(lo, lo + more), seed=seed, split=split); again = data.scenes(20, size, objects=(lo, lo + more), seed=seed, split=split)
+    assert all(torch.equal(v, getattr(again, k)) for k, v in vars(S).items() if k != 'captions') and S.captions == again.captions
+    slot = torch.arange(lo + more)
+    for k in (S.kinds, S.colors, S.sizes): assert torch.equal(k >= 0, slot < S.count[:, None])
+    assert ((S.count >= lo) & (S.count <= lo + more)).all() and S.segments.max() <= lo + more
+    assert torch.equal(S.kind_map() > 0, S.segments > 0) and S.depth.min() >= 0 and S.depth.max() <= 1 and not S.image.isnan().any()
+    whole = S.boxes[..., 2:] >= S.boxes[..., :2]; assert whole.all() and (S.boxes[S.kinds < 0] == 0).all()
+    with pytest.raises(ValueError, match='objects'): data.scenes(2, objects=(2, 1))
