@@ -6,7 +6,7 @@
 __all__ = ['Tokens', 'keep_mask', 'PatchEncoder', 'PatchDecoder', 'FlowDecoder', 'ImageTokenizer', 'PatchCritic', 'Adversary',
            'adaptive_weight', 'TokenizerLoss', 'uniform_length', 'fit_tokenizer', 'at_lengths', 'evaluate_tokenizer']
 
-# %% ../nbs/00_foundations/61_codec.ipynb #73677dc6
+# %% ../nbs/00_foundations/61_codec.ipynb #586fff7d
 import importlib, math
 from typing import NamedTuple
 import torch, torch.nn.functional as F
@@ -18,7 +18,7 @@ from .kernels import causal, prefix
 from .layers import Block, ConvDecoder, ConvEncoder, patchify, unpatchify
 from .measure import frechet, psnr, ssim
 
-# %% ../nbs/00_foundations/61_codec.ipynb #9cd5df3f
+# %% ../nbs/00_foundations/61_codec.ipynb #5bd072e2
 class Tokens(NamedTuple):
     "The tokens of a batch of pictures."
     values: Tensor      # (b, n) or (b, n, m) int64 codes; (b, n, d) floats of a continuous tokenizer
@@ -41,7 +41,7 @@ def keep_mask(
     if ((keep < 1) | (keep > n)).any(): raise ValueError(f'keep must be in 1..{n}, got {keep.min().item()}..{keep.max().item()}')
     return torch.arange(n, device=keep.device) < keep[:, None]
 
-# %% ../nbs/00_foundations/61_codec.ipynb #45c282c8
+# %% ../nbs/00_foundations/61_codec.ipynb #59bde151
 class PatchEncoder(nn.Module):
     """Pictures to vectors: one a patch, or `latents` registers that read the patches.
     Raises ValueError for a patch that does not divide the picture, or an unknown order."""
@@ -96,7 +96,7 @@ class PatchEncoder(nn.Module):
         "Encode."
         return self.out(self.hidden(x, n, cond))
 
-# %% ../nbs/00_foundations/61_codec.ipynb #3c81602d
+# %% ../nbs/00_foundations/61_codec.ipynb #a85c5125
 class PatchDecoder(nn.Module):
     "Vectors to pictures: the mirror image of `PatchEncoder`. Raises ValueError for more tokens than it was built for, or an unknown `dropped`."
     def __init__(self,
@@ -159,7 +159,7 @@ class PatchDecoder(nn.Module):
         "The weight of the last layer."
         return self.out.weight
 
-# %% ../nbs/00_foundations/61_codec.ipynb #6d0d80e6
+# %% ../nbs/00_foundations/61_codec.ipynb #77cd3a5b
 class FlowDecoder(nn.Module):
     "A rectified flow over pixels, conditioned on tokens. `forward` samples; `loss` trains."
     def __init__(self,
@@ -215,10 +215,10 @@ class FlowDecoder(nn.Module):
         "Draw from noise. ValueError for guidance of a model that was trained without dropping tokens."
         if guidance is not None and not self.drop: raise ValueError('guidance needs a decoder trained with drop > 0')
         noise = torch.randn(len(z), *self.shape, generator=generator, device=z.device, dtype=z.dtype)
-        null = None if guidance is None else dict(tokens=self.null[:, :z.shape[1]].expand_as(z), keep=keep)
+        null = None if guidance is None else dict(tokens=self.null[:, :z.shape[1]].expand_as(z))
         return (self.flow.sample(self.velocity, noise, steps=steps, guidance=guidance, null=null, tokens=z, keep=keep) + 1)/2
 
-# %% ../nbs/00_foundations/61_codec.ipynb #ca44cf62
+# %% ../nbs/00_foundations/61_codec.ipynb #d985dd51
 def _dump(m): # a module -> what rebuilds it
     if not hasattr(m, '_hub_mixin_config'): raise TypeError(f'{type(m).__name__} cannot be saved with the tokenizer: it has no save_pretrained')
     return {'class': f'{type(m).__module__}:{type(m).__qualname__}', 'config': {k: v for k, v in m._hub_mixin_config.items()}}
@@ -228,7 +228,7 @@ def _build(spec): # the inverse, for this library's own classes
     if not module.startswith('tokbook.'): raise ValueError(f'{spec["class"]} is not a class of tokbook: build it yourself and pass it to from_pretrained')
     return getattr(importlib.import_module(module), name)(**spec['config'])
 
-# %% ../nbs/00_foundations/61_codec.ipynb #dc4351ba
+# %% ../nbs/00_foundations/61_codec.ipynb #6b72100e
 class ImageTokenizer(nn.Module, HubMixin, coders={nn.Module: (_dump, _build)}):
     """Pictures to tokens and back. `encode` and `decode` are for use, `loss` for training.
     Raises ValueError for parts that do not fit together."""
@@ -342,14 +342,15 @@ class ImageTokenizer(nn.Module, HubMixin, coders={nn.Module: (_dump, _build)}):
         weight = getattr(objective, 'quantizer', 1.)
         return dict(loss=sum(v*(weight if k == 'quantizer' else 1) for k, v in parts.items()), **{k: v.detach() for k, v in parts.items()})
 
-# %% ../nbs/00_foundations/61_codec.ipynb #f996ea07
+# %% ../nbs/00_foundations/61_codec.ipynb #a5ba5ee4
 class PatchCritic(nn.Module):
-    "A small convolutional critic: one score for each neighborhood of a picture."
+    "A small convolutional critic: one score for each neighborhood of a picture. ValueError for less than one channel."
     def __init__(self,
         channels: int = 3, # of the picture
         width: int = 32, # channels inside
     ):
         super().__init__()
+        check_range(channels, 'channels', 1); check_range(width, 'width', 1)
         self.net = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(.2), nn.Conv2d(width, 2*width, 4, 2, 1), nn.LeakyReLU(.2), nn.Conv2d(2*width, 1, 3, padding=1))
     def forward(self,
         x: Float[Tensor, 'b c s s'], # pictures in 0..1
@@ -386,7 +387,8 @@ def adaptive_weight(
     weight: Float[Tensor, '...'], # of the decoder's last layer
     most: float = 1e4, # upper bound
 ) -> Float[Tensor, '']:
-    "The factor that makes both gradients equally large at the last layer (Esser et al. 2021, equation 7)."
+    "The factor that makes both gradients equally large at the last layer (Esser et al. 2021, equation 7). ValueError for a bound below 0."
+    check_range(most, 'most', 0)
     a, b = (torch.autograd.grad(l, weight, retain_graph=True)[0].norm() for l in (main, adversarial))
     return (a/(b + 1e-4)).clamp(0, most).detach()
 
@@ -429,16 +431,17 @@ class TokenizerLoss:
             parts['adversarial'] = self.adversarial*w*g
         return parts
 
-# %% ../nbs/00_foundations/61_codec.ipynb #4578f1ee
+# %% ../nbs/00_foundations/61_codec.ipynb #1a02cc06
 _SQUARED = TokenizerLoss()
 
-# %% ../nbs/00_foundations/61_codec.ipynb #b0bdc67f
+# %% ../nbs/00_foundations/61_codec.ipynb #1a9b1f2e
 def uniform_length(
     b: int, # pictures
     n: int, # tokens there are
     generator: torch.Generator = None, # source of randomness
 ) -> Int[Tensor, 'b']:
-    "Keep 1..n tokens with equal probability, each picture its own number."
+    "Keep 1..n tokens with equal probability, each picture its own number. ValueError for n < 1."
+    check_range(n, 'n', 1)
     return torch.randint(1, n + 1, (b,), generator=generator)
 
 def fit_tokenizer(

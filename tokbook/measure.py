@@ -6,14 +6,14 @@
 __all__ = ['psnr', 'ssim', 'FeatureStats', 'frechet_distance', 'feature_stats', 'frechet', 'FeatureNet', 'fit_features',
            'token_bits', 'bits_per_pixel', 'CodecPoint', 'codec_curve']
 
-# %% ../nbs/00_foundations/62_measure.ipynb #e7b70779
+# %% ../nbs/00_foundations/62_measure.ipynb #343ce4ef
 import io, math
 from typing import NamedTuple
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from .core import Float, HubMixin, Int, Tensor, check, check_in, check_range, import_extra
 
-# %% ../nbs/00_foundations/62_measure.ipynb #5d91f5f3
+# %% ../nbs/00_foundations/62_measure.ipynb #37e31c56
 def _double(x): return (x.cpu() if x.device.type == 'mps' else x).double() # MPS has no float64
 
 def _pair(x, y, peak):
@@ -35,7 +35,7 @@ def psnr(
     kind = torch.promote_types(x.dtype, torch.float32)
     return 10*torch.log10(peak**2/(x.to(kind) - y.to(kind)).square().flatten(1).mean(1))
 
-# %% ../nbs/00_foundations/62_measure.ipynb #c95f2b0a
+# %% ../nbs/00_foundations/62_measure.ipynb #de2bda0b
 def ssim(
     x: Float[Tensor, 'b c h w'], # pictures
     y: Float[Tensor, 'b c h w'], # what came of them
@@ -55,7 +55,7 @@ def ssim(
     p = window//2; inside = full[..., p:n['h'] - p, p:n['w'] - p]
     return inside.flatten(1).mean(1).to(x.device, torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/00_foundations/62_measure.ipynb #a54522c6
+# %% ../nbs/00_foundations/62_measure.ipynb #111c61f6
 class FeatureStats:
     """Mean and covariance of features, batch by batch, in float64; `a + b` is what one would have seen that saw both.
 
@@ -111,7 +111,7 @@ class FeatureStats:
         S = S + self.n*torch.outer(delta, delta); dist.all_reduce(S)
         return out._merge(n, mean, S)
 
-# %% ../nbs/00_foundations/62_measure.ipynb #7cd14b93
+# %% ../nbs/00_foundations/62_measure.ipynb #44b62726
 def _moments(s, name): # FeatureStats or (mean, cov) -> mean (d,), a root R with R R^T = cov (d, d)
     if isinstance(s, FeatureStats):
         if s.n <= s.dim:
@@ -145,15 +145,18 @@ def frechet_distance(
     overlap = torch.linalg.svdvals(Ra.T @ Rb).sum() # tr (A^1/2 B A^1/2)^1/2
     return max(((m - n).square().sum() + A.trace() + B.trace() - 2*overlap).item(), 0.)
 
-# %% ../nbs/00_foundations/62_measure.ipynb #14e06bc9
+# %% ../nbs/00_foundations/62_measure.ipynb #4fc440ba
 @torch.no_grad()
 def feature_stats(
     images: Float[Tensor, 'n c h w'], # pictures
     features, # any function of pictures (b, c, h, w) that returns features (b, d), such as `FeatureNet.features`
     batch: int = 256, # pictures at a time
 ) -> FeatureStats:
-    "Statistics of the features of some pictures. Raises ValueError or TypeError for other than pictures, or where `features` does not return (b, d)."
+    """Statistics of the features of some pictures.
+
+    Raises ValueError or TypeError for other than pictures, or where `features` does not return (b, d)."""
     check(images, 'images', 'n c h w'); check_range(batch, 'batch', 1)
+    if not callable(features): raise TypeError(f'features must be a function of pictures, got {type(features).__name__}')
     stats = None
     for x in images.split(batch):
         f = features(x); check(f, 'features(images)', 'b d', b=len(x))
@@ -170,7 +173,7 @@ def frechet(
     a, b = (s if isinstance(s, FeatureStats) else feature_stats(s, features, batch) for s in (x, y))
     return frechet_distance(a, b)
 
-# %% ../nbs/00_foundations/62_measure.ipynb #6ca8f1be
+# %% ../nbs/00_foundations/62_measure.ipynb #be07ef00
 class FeatureNet(nn.Module, HubMixin):
     """A small convolutional classifier whose insides are features.
 
@@ -239,7 +242,7 @@ def fit_features(
     fit(net, loss, data, steps=steps, lr=lr, wd=.05, seed=seed, progress=False)
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/00_foundations/62_measure.ipynb #d5dc5718
+# %% ../nbs/00_foundations/62_measure.ipynb #dd06621f
 def token_bits(
     n_tokens: float, # tokens for a picture; a mean where the number varies
     vocab_size: int, # codes to choose from
@@ -255,7 +258,7 @@ def bits_per_pixel(
     h, w = (size, size) if isinstance(size, (int, float)) else size
     return check_range(bits, 'bits', 0)/(check_range(h, 'height', 1)*check_range(w, 'width', 1))
 
-# %% ../nbs/00_foundations/62_measure.ipynb #fa383924
+# %% ../nbs/00_foundations/62_measure.ipynb #1b0546e7
 class CodecPoint(NamedTuple):
     "A codec at one quality: mean bytes and mean PSNR of a picture, for pictures that are files of their own and for one mosaic of all."
     quality: int         # the codec's own scale, 0 to 100
