@@ -84,6 +84,7 @@ def test_chapter_ledger(nb):
         assert c['verdict'] in VERDICTS and c['statement'] and c['paper'] and c['setting'] and c['shown'], c['key']
         assert c['key'] in written, f"{c['key']} is in the saved outputs and not in the source: run `make outputs`"
         assert c['kind'] == 'exact' or len(c['data']) >= 3, c['key']
+        assert c['verdict'] == VERDICTS[0] or c['reason'], f"{c['key']} did not reproduce: say why"
 
 
 def public():
