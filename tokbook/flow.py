@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['time_features', 'TimeEmbedding', 'CFG', 'APG', 'RectifiedFlow', 'FlowHead']
 
-# %% ../nbs/00_foundations/60_flow.ipynb #9ae5e124
+# %% ../nbs/00_foundations/60_flow.ipynb #0405e57d
 import math
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import Bool, Float, Tensor, check, check_in, check_range
 
-# %% ../nbs/00_foundations/60_flow.ipynb #5c7b437f
+# %% ../nbs/00_foundations/60_flow.ipynb #247f43cd
 def _check_time(t, n=None): # values are looked at on a CPU only, as in `check`
     check(t, 't', 'b', **({} if n is None else {'b': n}))
     if t.device.type == 'cpu' and not torch.compiler.is_compiling() and not (0 <= t.min() and t.max() <= 1):
@@ -49,7 +49,7 @@ class TimeEmbedding(nn.Module):
         "Embed."
         return self.net(time_features(t.float(), self.features, self.max_period).to(self.net[0].weight.dtype))
 
-# %% ../nbs/00_foundations/60_flow.ipynb #bbc4232d
+# %% ../nbs/00_foundations/60_flow.ipynb #b1872f06
 class CFG:
     "Classifier-free guidance: v_u + scale (v_c - v_u). ValueError for velocities of different shapes or a scale that is negative."
     def __init__(self,
@@ -94,7 +94,7 @@ def _same(a, b, na, nb):
     check(a, na, 'b ...'); check(b, nb, 'b ...')
     if a.shape != b.shape: raise ValueError(f'{nb} must have the shape of {na}, {tuple(a.shape)}, got {tuple(b.shape)}')
 
-# %% ../nbs/00_foundations/60_flow.ipynb #dab15127
+# %% ../nbs/00_foundations/60_flow.ipynb #64c7b4d6
 def _draw(f, shape, like, generator, dtype=None): # drawn where the generator lives, used where `like` lives
     on = like.device if generator is None else generator.device
     return f(shape, generator=generator, device=on, dtype=like.dtype if dtype is None else dtype).to(like.device)
@@ -141,7 +141,7 @@ class RectifiedFlow:
         "The velocity of the line. ValueError for shapes that differ."
         _same(z, eps, 'z', 'eps'); return eps - z
 
-# %% ../nbs/00_foundations/60_flow.ipynb #6b680b1d
+# %% ../nbs/00_foundations/60_flow.ipynb #b2b2affd
 @patch
 def loss(self:RectifiedFlow,
     model, # called as model(z_t, t, **cond), returns a velocity
@@ -165,7 +165,7 @@ def loss(self:RectifiedFlow,
     if reduction == 'mean': return e.sum()/m.sum().clamp_min(1)
     return e.flatten(1).sum(1)/m.flatten(1).sum(1).clamp_min(1)
 
-# %% ../nbs/00_foundations/60_flow.ipynb #14c286c4
+# %% ../nbs/00_foundations/60_flow.ipynb #94e4b912
 @patch
 @torch.no_grad()
 def sample(self:RectifiedFlow,
@@ -202,7 +202,7 @@ def _branches(b, guidance, null, cond): # cond and null, one after the other, fo
         return torch.cat([c, n.to(c).expand_as(c)])
     return {k: two(k, c) for k, c in cond.items()}
 
-# %% ../nbs/00_foundations/60_flow.ipynb #5ac98220
+# %% ../nbs/00_foundations/60_flow.ipynb #7edb9fc4
 class _HeadLayer(nn.Module): # x + gate * mlp(norm(x)*(1 + scale) + shift)
     def __init__(self, d):
         super().__init__()
@@ -213,7 +213,7 @@ class _HeadLayer(nn.Module): # x + gate * mlp(norm(x)*(1 + scale) + shift)
         shift, scale, gate = self.ada(F.silu(c)).chunk(3, -1)
         return x + gate*self.mlp(self.norm(x)*(1 + scale) + shift)
 
-# %% ../nbs/00_foundations/60_flow.ipynb #946ea3d9
+# %% ../nbs/00_foundations/60_flow.ipynb #bd6ace05
 class FlowHead(nn.Module):
     """A distribution over one token's vector, given a condition (Li et al. 2024, section 3.2, with a rectified flow for the diffusion).
 
@@ -245,7 +245,7 @@ class FlowHead(nn.Module):
         shift, scale = self.ada(F.silu(c)).chunk(2, -1)
         return self.out(self.norm(x)*(1 + scale) + shift)
 
-# %% ../nbs/00_foundations/60_flow.ipynb #bbda124b
+# %% ../nbs/00_foundations/60_flow.ipynb #43a98cb3
 @patch
 def loss(self:FlowHead,
     z: Float[Tensor, 'n d'], # tokens
