@@ -159,3 +159,19 @@ def test_refusals():
         with pytest.raises(ValueError): bad()
     with pytest.raises(TypeError): tok.decode(torch.zeros(1, 4))
     with pytest.raises(TypeError): tok.encode(x, torch.tensor([1.]*6))
+
+
+def test_parts_of_ones_own(tmp_path):
+    class Mean(nn.Module): # a decoder that draws the first channel everywhere
+        def forward(self, z, keep=None): return z[..., :1, :1].mean(1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    class Round(nn.Module): # a quantizer without the contract's extras
+        dim, codebook_size, bits_per_token = 6, 3, 6*math.log2(3)
+        def forward(self, z): return z.tanh().round(), None, z.new_zeros(()), {}
+        def encode(self, z): return (z.tanh().round() + 1).long()
+        def decode(self, codes, mask=None): return codes.float() - 1
+    tok = ImageTokenizer(decoder=Mean(), quantizer=Round(), latents=3, **SMALL)
+    assert tok.decode(tok.encode(x)).shape == x.shape and tok.loss(x)['loss'].isfinite()
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='build it yourself'): ImageTokenizer.from_pretrained(tmp_path)
+    again = ImageTokenizer.from_pretrained(tmp_path, decoder=Mean(), quantizer=Round())
+    torch.testing.assert_close(again.latent(x), tok.latent(x))

@@ -220,12 +220,14 @@ class FlowDecoder(nn.Module):
 
 # %% ../nbs/00_foundations/61_codec.ipynb #d985dd51
 def _dump(m): # a module -> what rebuilds it
-    if not hasattr(m, '_hub_mixin_config'): raise TypeError(f'{type(m).__name__} cannot be saved with the tokenizer: it has no save_pretrained')
-    return {'class': f'{type(m).__module__}:{type(m).__qualname__}', 'config': {k: v for k, v in m._hub_mixin_config.items()}}
+    return {'class': f'{type(m).__module__}:{type(m).__qualname__}', 'config': getattr(m, '_hub_mixin_config', None)}
+
+class _Unknown(nn.Module): # stands for a part that cannot be built from a file, until somebody passes it
+    def __init__(self, what): super().__init__(); self.what = what
 
 def _build(spec): # the inverse, for this library's own classes
     module, name = spec['class'].split(':')
-    if not module.startswith('tokbook.'): raise ValueError(f'{spec["class"]} is not a class of tokbook: build it yourself and pass it to from_pretrained')
+    if not module.startswith('tokbook.') or spec['config'] is None: return _Unknown(spec['class'])
     return getattr(importlib.import_module(module), name)(**spec['config'])
 
 # %% ../nbs/00_foundations/61_codec.ipynb #6b72100e
@@ -251,6 +253,8 @@ class ImageTokenizer(nn.Module, HubMixin, coders={nn.Module: (_dump, _build)}):
         drop: float = 0., # share of pictures without tokens in training, see `FlowDecoder`
     ):
         super().__init__()
+        for part in (quantizer, encoder, decoder):
+            if isinstance(part, _Unknown): raise ValueError(f'{part.what} is not a class of tokbook that knows its own arguments: build it yourself and pass it to from_pretrained')
         if quantizer is not None and getattr(quantizer, 'dim', dim) != dim: raise ValueError(f'quantizer must have dim={dim}, has {quantizer.dim}')
         if 'conv' in (encoder, decoder) and latents: raise ValueError('convolutions make a grid: latents must be None')
         self.size, self.channels, self.patch, self.dim, self.latents, self.quantizer = size, channels, patch, dim, latents, quantizer
