@@ -226,6 +226,7 @@ class _Unknown(nn.Module): # stands for a part that cannot be built from a file,
     def __init__(self, what): super().__init__(); self.what = what
 
 def _build(spec): # the inverse, for this library's own classes
+    if spec is None: return None
     module, name = spec['class'].split(':')
     if not module.startswith('tokbook.') or spec['config'] is None: return _Unknown(spec['class'])
     return getattr(importlib.import_module(module), name)(**spec['config'])
@@ -338,7 +339,7 @@ class ImageTokenizer(nn.Module, HubMixin, coders={nn.Module: (_dump, _build)}):
         zq = z
         if self.quantizer is not None: zq, codes, parts['quantizer'], _ = self.quantizer(z)
         if length is not None:
-            keep = length(len(x), z.shape[1], generator)
+            keep = length if isinstance(length, int) else length(len(x), z.shape[1], generator)
             if isinstance(keep, int): zq, keep = zq[:, :keep], None
             else: keep = keep_mask(keep.to(x.device), z.shape[1])
         if self.generative: parts['flow'] = self.decoder.loss(x, zq, keep, generator)
