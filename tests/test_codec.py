@@ -175,3 +175,12 @@ def test_parts_of_ones_own(tmp_path):
     with pytest.raises(ValueError, match='build it yourself'): ImageTokenizer.from_pretrained(tmp_path)
     again = ImageTokenizer.from_pretrained(tmp_path, decoder=Mean(), quantizer=Round())
     torch.testing.assert_close(again.latent(x), tok.latent(x))
+
+
+class Named(ImageTokenizer):
+    "A subclass with an argument of its own, as chapters have them."
+    def __init__(self, name: str = 'x', quantizer: nn.Module = None, **kw): super().__init__(quantizer=quantizer, **kw); self.name = name
+
+def test_a_subclass_is_saved_with_its_quantizer(tmp_path):
+    tok = Named('y', FSQ([4, 4], 6), latents=3, **SMALL); tok.save_pretrained(tmp_path); new = Named.from_pretrained(tmp_path)
+    assert new.name == 'y' and torch.equal(new.encode(x).values, tok.encode(x).values)

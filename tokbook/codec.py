@@ -271,6 +271,9 @@ class ImageTokenizer(nn.Module, HubMixin, coders={nn.Module: (_dump, _build)}):
         else: check_in(isinstance(decoder, nn.Module), 'decoder is a module, or "direct", "flow" or "conv":', (True,))
         self.encoder, self.decoder = encoder, decoder
 
+    def __init_subclass__(cls, coders=None, **kw): # a subclass saves its quantizer, too
+        super().__init_subclass__(coders=coders or {nn.Module: (_dump, _build)}, **kw)
+
     @property
     def num_tokens(self) -> int:
         "Tokens of a picture, at most."
@@ -475,10 +478,9 @@ def at_lengths(
     **sampling, # of a flow decoder: steps, guidance, seed=0 for the same noise at every length
 ) -> list: # (b, c, s, s) a length
     "Every picture drawn from its first k tokens, for each k. ValueError for a k that does not exist."
-    tokens, seed = tok.encode(x), sampling.pop('seed', 0)
-    if tok.generative: draw = lambda k: tok.decode(tokens.values[:, :k], generator=torch.Generator(x.device).manual_seed(seed), **sampling)
-    else: draw = lambda k: tok.decode(tokens.values[:, :k], **sampling)
-    return [draw(check_range(k, 'k', 1, tok.num_tokens)) for k in ks]
+    seed = sampling.pop('seed', 0)
+    noise = lambda: dict(generator=torch.Generator(x.device).manual_seed(seed)) if tok.generative else {}
+    return [tok.decode(tok.encode(x, check_range(k, 'k', 1, tok.num_tokens)), **noise(), **sampling) for k in ks]
 
 @torch.no_grad()
 def evaluate_tokenizer(
