@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/03_image/00_index.ipynb #4e739838
+# %% ../../nbs/03_image/00_index.ipynb #d6105803
 from ..lazy import lazy_exports
 
-# %% ../../nbs/03_image/00_index.ipynb #6e4dfadb
+# %% ../../nbs/03_image/00_index.ipynb #8ef716dc
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

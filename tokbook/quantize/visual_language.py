@@ -72,7 +72,7 @@ def _hilbert(at):
         path = torch.cat([t, path + torch.tensor([0, s]), path + m, torch.tensor([2*s - 1, s - 1]) - t])
     return at[tuple(path[(path < torch.tensor([h, w])).all(1)].T)]
 
-# %% ../../nbs/02_quantize/50_visual_language.ipynb #2a1adf2c
+# %% ../../nbs/02_quantize/50_visual_language.ipynb #fbe32b91
 _LAWS = dict(zipf=(('s',), (1.,), ((0, 20),)), mandelbrot=(('s', 'q'), (1., 1.), ((0, 20), (0, 1e4))),
              lognormal=(('s', 'c'), (.5, .1), ((-20, 20), (0, 20))), exponential=(('rate',), (1.,), ((0, 1e4),)))
 ZIPF_LAWS = tuple(_LAWS)
@@ -94,6 +94,7 @@ class ZipfFit:
     aic: float # 2 parameters - 2 loglik: smaller is better
     log_pmf: np.ndarray = field(repr=False) # (R,): log-probability of each rank
 
+# %% ../../nbs/02_quantize/50_visual_language.ipynb #6dd6cb97
 def _ranked(counts, ranked):
     c = np.asarray(counts.detach().cpu() if isinstance(counts, Tensor) else counts, dtype=float)
     if c.ndim != 1 or not len(c) or not np.isfinite(c).all() or (c < 0).any() or c.sum() <= 0:
