@@ -26,7 +26,7 @@ TOKENIZERS = { # name -> (make, rule for the length in training)
     'grid, FSQ': (lambda: tokenizer(fsq()), None),
     'grid, BSQ': (lambda: tokenizer(BSQ(8, 8)), None),
     'registers, FSQ': (lambda: tokenizer(fsq(), latents=16), None),
-    'registers, bits (Instella)': (lambda: tokenizer(BinaryQuantizer(8, 8, bin_weight=.01), latents=16), None),
+    'registers, bits (Instella)': (lambda: tokenizer(BinaryQuantizer(8, 8, tau=.3), latents=16), None),
     'registers, VQ, any prefix (One-D-Piece)': (lambda: tokenizer(vq(), latents=16), uniform_length),
     'registers, FSQ, any prefix, flow (FlexTok)': (lambda: FlexTok(16, 3, 4, registers=16, levels=(8, 8, 4), width=48, decoder_depth=2), uniform_length),
 }
