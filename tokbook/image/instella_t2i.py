@@ -7,7 +7,7 @@ __all__ = ['PROTOCOLS', 'WITHIN', 'BinaryQuantizer', 'pack_bits', 'unpack_bits',
            'BernoulliDiffusion', 'BitTransformer', 'BinaryARHead', 'sample_bits', 'layer_features',
            'LayerwiseTextFusion']
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #dc2ac93f
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #92f2795a
 import math
 import torch, torch.nn.functional as F
 from einops import rearrange
@@ -17,7 +17,7 @@ from ..flow import TimeEmbedding
 from ..layers import Block, attend_mask, patchify, rotary, unpatchify
 from ..quantize.vq_survey import Quantizer
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #dfad36ba
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #ed70a1c6
 class BinaryQuantizer(Quantizer):
     """A vector becomes `bits` bits; its embedding is the sum of a table's rows whose bit is one (@eq-it-bits). Codes (..., bits) of 0 and 1.
     Raises ValueError for a negative temperature or weight."""
@@ -45,7 +45,7 @@ class BinaryQuantizer(Quantizer):
     @classmethod
     def example(cls, dim=8): return cls(dim, 6)
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #17923c49
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #9c17e757
 def pack_bits(
     bits: Int[Tensor, '... m'], # 0 and 1
 ) -> Int[Tensor, '... w']: # 64 bits a word, least significant first
@@ -63,7 +63,7 @@ def unpack_bits(
     if w != -(-m//64): raise ValueError(f'{m} bits are {-(-m//64)} words, got {w}')
     return (words[..., None] >> torch.arange(64, device=words.device) & 1).flatten(-2)[..., :m]
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #261df31a
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #16bcc9fb
 class _AxialBlock(nn.Module): # attention with three rotary axes, and a gated perceptron
     def __init__(self, dim, heads, split):
         super().__init__()
@@ -166,7 +166,7 @@ def _split(width, heads): # channels of a head for each rotary axis: an eighth f
     d = width//heads; a = max(2, d//8//2*2); r = (d - a)//2//2*2
     return [d - 2*r, r, r]
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #df6ca828
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #84852c04
 PROTOCOLS = ('renoise', 'posterior', 'plugin', 'reference2')
 
 class BernoulliDiffusion:
@@ -252,7 +252,7 @@ class BernoulliDiffusion:
             out.append(x)
         return torch.stack(out) if path else x
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #262d1d3d
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #106b956c
 class BitTransformer(nn.Module):
     "Bits of all tokens in, one logit a bit out. ValueError for bits of another shape, a missing time, or labels out of range."
     def __init__(self,
@@ -291,7 +291,7 @@ class BitTransformer(nn.Module):
         "Logits."
         return self.head(self.hidden(x, t, labels))
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #1c474232
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #4c23f351
 WITHIN = ('independent', 'grouped', 'autoregressive')
 
 class BinaryARHead(nn.Module):
@@ -369,7 +369,7 @@ def sample_bits(
         x[:, i] = model.head.sample(h, temperature, generator, model.hidden(x, labels=none)[:, i] if guidance else None, guidance)
     return x
 
-# %% ../../nbs/03_image/10_instella_t2i.ipynb #39f4af03
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #58e628f0
 def layer_features(
     lm: nn.Module, # a causal language model of transformers
     ids: Int[Tensor, 'b s'], # tokens
