@@ -11,6 +11,7 @@ __all__ = ['PROTOCOLS', 'WITHIN', 'BinaryQuantizer', 'pack_bits', 'unpack_bits',
 import math
 import torch, torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch import nn
 from ..core import Bool, Float, Int, Tensor, check, check_in, check_range, import_extra
 from ..flow import TimeEmbedding
@@ -85,6 +86,7 @@ def _places(k, h, w, span, device): # (3, k + h w): registers along the first ax
     grid = torch.stack([torch.zeros(h*w, device=device), along(h).repeat_interleave(w), along(w).repeat(h)])
     return torch.cat([reg, grid], 1)
 
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #fa557a50
 class LatentQueryEncoder(nn.Module):
     """Pictures of any size to a fixed number of vectors. Raises ValueError for sizes that two patches do not divide, or a head width that three rotary axes cannot share."""
     def __init__(self,
@@ -120,6 +122,7 @@ class LatentQueryEncoder(nn.Module):
         for block in self.coarse: y = block(y, pos)
         return self.out(y[:, :k])
 
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #a38f1600
 class LatentQueryDecoder(nn.Module):
     "The mirror image: vectors to a picture of the size you ask for. Raises ValueError as `LatentQueryEncoder` does."
     def __init__(self,
@@ -218,39 +221,41 @@ class BernoulliDiffusion:
         xt = self.q_sample(x0, t, generator)
         return F.binary_cross_entropy_with_logits(self.to_x0(model(xt, t, **cond), xt), x0.float())
 
-    @torch.no_grad()
-    def sample(self,
-        model, # called as model(xt, t, **cond)
-        shape, # (b, ...)
-        steps: int = 20, # calls of the model
-        protocol: str = 'renoise', # 'renoise' (1), 'posterior' (2), or, to compare, 'plugin' and 'reference2' (2 as in the public code)
-        guidance: float = 0., # w: logits (1 + w) o_c - w o_u; 0 is none
-        null: dict = None, # conditions of the empty branch, by name
-        temperature: float = 1., # divides the logits; 0 takes the likelier bit
-        rho: float = 1., # times are (1 - i/steps)^rho
-        generator: torch.Generator = None, # source of randomness
-        device: torch.device = None, # where to draw
-        path: bool = False, # return the bits after every step?
-        **cond, # passed to the model
-    ) -> Int[Tensor, 'b ...']: # bits; with `path` (steps + 1, b, ...)
-        "Draw bits from coin flips."
-        check_range(steps, 'steps', 1); check_in(protocol, 'protocol', PROTOCOLS); check_range(temperature, 'temperature', 0); check_range(guidance, 'guidance', 0)
-        if guidance and null is None: raise ValueError('guidance needs null=: the conditions of the empty branch')
-        times = [(1 - i/steps)**rho for i in range(steps + 1)]
-        x = torch.randint(2, tuple(shape), generator=generator, device=device); out = [x]
-        for t, s in zip(times, times[1:]):
-            now = torch.full((len(x),), t, device=x.device)
-            o = model(x, now, **cond)
-            if guidance: o = (1 + guidance)*o - guidance*model(x, now, **{**cond, **null})
-            a = self.to_x0(o, x)
-            p = (a/temperature).sigmoid() if temperature else (a > 0).to(a.dtype)
-            if s == 0: x = (p > .5).long()
-            else:
-                if protocol == 'renoise': p = (1 - s)*p + s/2
-                else: p = self.q_posterior_prob(x, p, t, s, protocol)
-                x = torch.bernoulli(p, generator=generator).long()
-            out.append(x)
-        return torch.stack(out) if path else x
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #d1120568
+@patch
+@torch.no_grad()
+def sample(self:BernoulliDiffusion,
+    model, # called as model(xt, t, **cond)
+    shape, # (b, ...)
+    steps: int = 20, # calls of the model
+    protocol: str = 'renoise', # 'renoise' (1), 'posterior' (2), or, to compare, 'plugin' and 'reference2' (2 as in the public code)
+    guidance: float = 0., # w: logits (1 + w) o_c - w o_u; 0 is none
+    null: dict = None, # conditions of the empty branch, by name
+    temperature: float = 1., # divides the logits; 0 takes the likelier bit
+    rho: float = 1., # times are (1 - i/steps)^rho
+    generator: torch.Generator = None, # source of randomness
+    device: torch.device = None, # where to draw
+    path: bool = False, # return the bits after every step?
+    **cond, # passed to the model
+) -> Int[Tensor, 'b ...']: # bits; with `path` (steps + 1, b, ...)
+    "Draw bits from coin flips."
+    check_range(steps, 'steps', 1); check_in(protocol, 'protocol', PROTOCOLS); check_range(temperature, 'temperature', 0); check_range(guidance, 'guidance', 0)
+    if guidance and null is None: raise ValueError('guidance needs null=: the conditions of the empty branch')
+    times = [(1 - i/steps)**rho for i in range(steps + 1)]
+    x = torch.randint(2, tuple(shape), generator=generator, device=device); out = [x]
+    for t, s in zip(times, times[1:]):
+        now = torch.full((len(x),), t, device=x.device)
+        o = model(x, now, **cond)
+        if guidance: o = (1 + guidance)*o - guidance*model(x, now, **{**cond, **null})
+        a = self.to_x0(o, x)
+        p = (a/temperature).sigmoid() if temperature else (a > 0).to(a.dtype)
+        if s == 0: x = (p > .5).long()
+        else:
+            if protocol == 'renoise': p = (1 - s)*p + s/2
+            else: p = self.q_posterior_prob(x, p, t, s, protocol)
+            x = torch.bernoulli(p, generator=generator).long()
+        out.append(x)
+    return torch.stack(out) if path else x
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #106b956c
 class BitTransformer(nn.Module):
@@ -350,6 +355,7 @@ class BinaryARHead(nn.Module):
             z[..., i:i + self.group] = torch.bernoulli((a/temperature).sigmoid(), generator=generator).long() if temperature else (a > 0).long()
         return z
 
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #35d34b81
 @torch.no_grad()
 def sample_bits(
     model: BitTransformer, # causal, with a `BinaryARHead`
@@ -399,6 +405,7 @@ class _FusionBlock(nn.Module): # image tokens ask both the text and themselves
         x = x + a[2]*self.out(rearrange(y, 'b h t d -> b t (h d)'))
         return x + a[5]*self.mlp(self.norm2(x)*(1 + a[3]) + a[4])
 
+# %% ../../nbs/03_image/10_instella_t2i.ipynb #ea8486f2
 class LayerwiseTextFusion(nn.Module):
     """Bits of a picture and the states of a frozen language model in, one logit a bit out: the generator for text to image.
     `text = model.read(features, mask)` once, then `model(bits, t, text=text)` in every step. ValueError for another number of layers than blocks."""

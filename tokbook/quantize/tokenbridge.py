@@ -137,6 +137,7 @@ class _ChannelHead(nn.Module, HubMixin):
         "The log-probability of each token."
         return -self.loss(z, codes)
 
+# %% ../../nbs/02_quantize/20_tokenbridge.ipynb #aed002b9
 class ParallelHead(_ChannelHead):
     "All channels at once, independent given z. ValueError for sizes below 1, codes out of range, or a negative temperature."
     def __init__(self,
@@ -159,6 +160,7 @@ class ParallelHead(_ChannelHead):
         self._check(z); check_range(temperature, 'temperature', 0)
         return sample_token(self.logits(z), temperature=temperature, top_k=top_k, generator=generator).long()
 
+# %% ../../nbs/02_quantize/20_tokenbridge.ipynb #7e5880f5
 class ChannelARHead(_ChannelHead):
     "One channel after the other (@eq-tb-chain). Works on hidden states of any model. ValueError for sizes below 1, codes out of range, or a negative temperature."
     def __init__(self,
@@ -300,43 +302,46 @@ class TokenBridge(nn.Module):
         if self.quantizer is None: return self.head.loss(latents[~known], z).mean()
         return self.head.loss(z, codes[~known][:, self.order]).mean()/c
 
-    @torch.no_grad()
-    def sample(self,
-        labels: Int[Tensor, 'b'], # classes
-        steps: int = None, # calls of the backbone; one for each position when not given
-        guidance: float = 1., # w: scale at the end; 1 is none
-        temperature: float = 1., # of the head
-        order: str = 'random', # 'random', or 'confidence': reveal what the head is surest of
-        generator: torch.Generator = None, # source of randomness
-        path: bool = False, # return the latents after every step?
-    ) -> Float[Tensor, 'b n c']: # latents; with `path` (steps, b, n, c) with NaN where nothing is known
-        "Draw latents. ValueError for steps outside of 1..positions, guidance without class dropout, an unknown order."
-        bb, n = self.backbone, self.backbone.length; steps = n if steps is None else check_range(steps, 'steps', 1, n)
-        check_in(order, 'order', ('random', 'confidence')); check_range(guidance, 'guidance', 0); check_range(temperature, 'temperature', 0)
-        if guidance != 1 and not bb.class_dropout: raise ValueError('guidance needs a backbone trained with class_dropout > 0')
-        if order == 'confidence' and self.quantizer is None: raise ValueError('confidence needs probabilities: the continuous head has none')
-        if bb.classes is not None: check_codes(labels, bb.classes, 'labels')
-        b = len(check(labels, 'labels', 'b', kind='int') and labels); was = self.training; self.eval()
-        x = torch.zeros(b, n, bb.channels, device=labels.device); known = torch.zeros(b, n, dtype=torch.bool, device=labels.device); out = []
-        queue = torch.rand(b, n, generator=generator).to(labels.device)                                   # who comes first
-        for s in range(1, steps + 1):
-            left = 0 if s == steps else min(int(n*math.cos(math.pi/2*s/steps)), n - int(known[0].sum()) - 1)
-            z = bb(x, known, labels if bb.classes is not None else None)
-            if guidance != 1: z0 = bb(x, known); z = z0 + (1 + (guidance - 1)*(n - left)/n)*(z - z0)
-            if order == 'confidence': # draw everywhere, keep the surest
-                new, at = self._draw(z.flatten(0, 1), temperature, generator), torch.arange(b*n, device=x.device)
-                sure = self.head.log_prob(z.flatten(0, 1), self._codes).view(b, n).masked_fill(known, math.inf)
-                now = (sure.argsort(dim=1, descending=True).argsort(1) < n - left) & ~known
-                x = torch.where(now[..., None], new.view(b, n, -1), x)
-            else:
-                now = (queue.masked_fill(known, -1).argsort(1).argsort(1) < n - left) & ~known
-                x[now] = self._draw(z[now], temperature, generator)
-            known = known | now
-            if path: out.append(x.masked_fill(~known[..., None], torch.nan))
-        self.train(was)
-        return torch.stack(out) if path else x
+# %% ../../nbs/02_quantize/20_tokenbridge.ipynb #ef2738d7
+@patch
+@torch.no_grad()
+def sample(self:TokenBridge,
+    labels: Int[Tensor, 'b'], # classes
+    steps: int = None, # calls of the backbone; one for each position when not given
+    guidance: float = 1., # w: scale at the end; 1 is none
+    temperature: float = 1., # of the head
+    order: str = 'random', # 'random', or 'confidence': reveal what the head is surest of
+    generator: torch.Generator = None, # source of randomness
+    path: bool = False, # return the latents after every step?
+) -> Float[Tensor, 'b n c']: # latents; with `path` (steps, b, n, c) with NaN where nothing is known
+    "Draw latents. ValueError for steps outside of 1..positions, guidance without class dropout, an unknown order."
+    bb, n = self.backbone, self.backbone.length; steps = n if steps is None else check_range(steps, 'steps', 1, n)
+    check_in(order, 'order', ('random', 'confidence')); check_range(guidance, 'guidance', 0); check_range(temperature, 'temperature', 0)
+    if guidance != 1 and not bb.class_dropout: raise ValueError('guidance needs a backbone trained with class_dropout > 0')
+    if order == 'confidence' and self.quantizer is None: raise ValueError('confidence needs probabilities: the continuous head has none')
+    if bb.classes is not None: check_codes(labels, bb.classes, 'labels')
+    b = len(check(labels, 'labels', 'b', kind='int') and labels); was = self.training; self.eval()
+    x = torch.zeros(b, n, bb.channels, device=labels.device); known = torch.zeros(b, n, dtype=torch.bool, device=labels.device); out = []
+    queue = torch.rand(b, n, generator=generator).to(labels.device)                                   # who comes first
+    for s in range(1, steps + 1):
+        left = 0 if s == steps else min(int(n*math.cos(math.pi/2*s/steps)), n - int(known[0].sum()) - 1)
+        z = bb(x, known, labels if bb.classes is not None else None)
+        if guidance != 1: z0 = bb(x, known); z = z0 + (1 + (guidance - 1)*(n - left)/n)*(z - z0)
+        if order == 'confidence': # draw everywhere, keep the surest
+            new, at = self._draw(z.flatten(0, 1), temperature, generator), torch.arange(b*n, device=x.device)
+            sure = self.head.log_prob(z.flatten(0, 1), self._codes).view(b, n).masked_fill(known, math.inf)
+            now = (sure.argsort(dim=1, descending=True).argsort(1) < n - left) & ~known
+            x = torch.where(now[..., None], new.view(b, n, -1), x)
+        else:
+            now = (queue.masked_fill(known, -1).argsort(1).argsort(1) < n - left) & ~known
+            x[now] = self._draw(z[now], temperature, generator)
+        known = known | now
+        if path: out.append(x.masked_fill(~known[..., None], torch.nan))
+    self.train(was)
+    return torch.stack(out) if path else x
 
-    def _draw(self, z, temperature, generator): # (m, d) -> latents (m, c)
-        if self.quantizer is None: return self.head.sample(z, temperature=temperature, generator=generator)
-        self._codes = self.head.sample(z, temperature, generator=generator)
-        return self.quantizer.decode(self._codes[:, self.order.argsort()]).to(z.dtype)
+@patch
+def _draw(self:TokenBridge, z, temperature, generator): # (m, d) -> latents (m, c)
+    if self.quantizer is None: return self.head.sample(z, temperature=temperature, generator=generator)
+    self._codes = self.head.sample(z, temperature, generator=generator)
+    return self.quantizer.decode(self._codes[:, self.order.argsort()]).to(z.dtype)
