@@ -1,4 +1,4 @@
-"""Every image tokenizer with every generator, at equal bits and equal training: `python benchmarks/image_tokenizers.py --out benchmarks/results/image-tokenizers.json`.
+"""Every image tokenizer with every generator, at equal bits and equal training: `python benchmarks/image_tokenizers.py --out benchmarks/comparisons/image-tokenizers.json`.
 
 One job is (tokenizer, seed): train the tokenizer, evaluate it, then train each generator on its codes and evaluate what it draws. Jobs that the
 output file already holds are not run again, so that a run can be continued. All pictures are drawn scenes (tokbook.data.scenes), all
@@ -70,7 +70,7 @@ def run(name, seed, sizes): # -> list of rows
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--out', default='benchmarks/results/image-tokenizers.json'); p.add_argument('--size', choices=SIZES, default='book')
+    p.add_argument('--out', default='benchmarks/comparisons/image-tokenizers.json'); p.add_argument('--size', choices=SIZES, default='book')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); p.add_argument('--only', nargs='*', choices=list(TOKENIZERS), metavar='TOKENIZER')
     a = p.parse_args(argv); out = Path(a.out); torch.set_num_threads(1)
     have = json.loads(out.read_text()) if out.exists() else dict(size=a.size, bits=BITS, sizes=SIZES[a.size], rows=[])
