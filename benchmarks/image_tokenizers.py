@@ -16,8 +16,8 @@ from tokbook.image import BinaryQuantizer, FlexTok
 from tokbook.quantize import BSQ, FSQ, VectorQuantize
 from tokbook.train import Batches, fit
 
-SIZES = dict(book=dict(images=4000, steps=1200, generator_steps=800, test=800), smoke=dict(images=300, steps=4, generator_steps=4, test=64))
-BITS = 128
+SIZES = dict(book=dict(images=4000, steps=1000, generator_steps=800, test=800), smoke=dict(images=300, steps=4, generator_steps=4, test=64))
+BITS, LR = 128, 4e-3
 LOSS = TokenizerLoss(pixel_weight=300.) # loud enough that every gradient is clipped to the same length: registers learn much faster so, and no quantizer's own loss drowns the pixels
 
 def tokenizer(quantizer, **kw): return ImageTokenizer(16, 3, 4, dim=8, width=48, quantizer=quantizer, **kw)
@@ -42,13 +42,13 @@ def data(n, split, seed=0): # -> pictures, class: the color of the object
 
 def train(make, length, x, steps, seed): # -> a trained tokenizer
     how = dict(seed=seed, progress=False); seed_all(seed); tok = make()
-    if not tok.generative: fit_tokenizer(tok, x, steps=steps, objective=LOSS, length=length, **how); return tok
+    if not tok.generative: fit_tokenizer(tok, x, steps=steps, objective=LOSS, length=length, lr=LR, **how); return tok
     first = make('direct')                                       # half of the steps for a direct decoder, whose weights start the flow, as in the chapter on FlexTok
-    fit_tokenizer(first, x, steps=steps//2, objective=LOSS, length=length, **how)
+    fit_tokenizer(first, x, steps=steps//2, objective=LOSS, length=length, lr=LR, **how)
     tok.load_state_dict(first.state_dict()); codes = first.encode(x).values
     with torch.no_grad(): tok.decoder.out.weight.neg_(); tok.decoder.out.bias.neg_()
     n = tok.num_tokens; step = lambda d, b: d.loss(b[0], tok.quantizer.decode(b[1]), keep_mask(length(len(b[0]), n), n))
-    fit(tok.decoder, step, Batches((x, codes), 64, seed=seed), steps=steps - steps//2, lr=2e-3, wd=.01, clip=1., schedule='onecycle', **how)
+    fit(tok.decoder, step, Batches((x, codes), 64, seed=seed), steps=steps - steps//2, lr=LR, wd=.01, clip=1., schedule='onecycle', **how)
     return tok.eval()
 
 
