@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tokens', 'keep_mask', 'PatchEncoder', 'PatchDecoder', 'FlowDecoder', 'ImageTokenizer', 'PatchCritic', 'Adversary',
-           'adaptive_weight', 'TokenizerLoss', 'uniform_length', 'fit_tokenizer', 'at_lengths', 'evaluate_tokenizer']
+           'adaptive_weight', 'TokenizerLoss', 'uniform_length', 'fit_tokenizer', 'at_lengths', 'evaluate_tokenizer',
+           'PrincipalGrid', 'BasedTokenizer', 'FlatEncoder', 'FlatDecoder']
 
 # %% ../nbs/00_foundations/61_codec.ipynb #586fff7d
 import importlib, math
@@ -501,3 +502,113 @@ def evaluate_tokenizer(
         out |= dict(used=(p > 0).double().mean().item(), perplexity=torch.special.entr(p).sum().exp().item())
     out |= dict(tokens=n, bits=n*tok.bits_per_token, bpp=n*tok.bits_per_token/images[0, 0].numel())
     return out
+
+# %% ../nbs/00_foundations/61_codec.ipynb #ad3fc87c
+class PrincipalGrid(nn.Module):
+    """A frozen base: pictures to their principal components, dealt to a grid, and back.
+    ValueError for more components than the pictures have."""
+    def __init__(self,
+        images: Float[Tensor, 'n c h w'], # pictures in 0..1 to fit
+        side: int = 4, # cells along each side of the grid
+        channels: int = 8, # components a cell
+    ):
+        super().__init__()
+        check(images, 'images', 'n c h w'); x = images.flatten(1)
+        k = check_range(side, 'side', 1)**2*check_range(channels, 'channels', 1)
+        if k > min(x.shape): raise ValueError(f'side*side*channels must be at most {min(x.shape)}, got {k}')
+        self.shape, self.grid = images.shape[1:], (channels, side, side)
+        _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        std = s[:k]/len(x)**.5
+        self.register_buffer('mean', x.mean(0)); self.register_buffer('axes', v[:k].T.contiguous())
+        self.register_buffer('spread', 8*(std*std[0])**.5)                       # what a component is divided by
+    def encode(self,
+        x: Float[Tensor, 'b c h w'], # pictures in 0..1
+    ) -> Float[Tensor, 'b c2 s s']: # around .5
+        "Pictures to a grid."
+        z = (x.flatten(1) - self.mean)@self.axes/self.spread + .5                # (b, side*side*channels)
+        return z.view(-1, *self.grid[1:], self.grid[0]).movedim(3, 1)
+    def decode(self,
+        g: Float[Tensor, 'b c2 s s'], # from `encode`
+    ) -> Float[Tensor, 'b c h w']: # pictures, not clamped
+        "A grid to pictures."
+        return ((g.movedim(1, 3).flatten(1) - .5)*self.spread@self.axes.T + self.mean).view(-1, *self.shape)
+
+class BasedTokenizer:
+    "A tokenizer of grids and the base in front of it, with the face of a tokenizer of pictures."
+    def __init__(self,
+        tok: ImageTokenizer, # trained on `base.encode` of pictures
+        base: nn.Module, # with `encode` and `decode`, such as `PrincipalGrid`
+    ): self.tok, self.base = tok, base
+    def __getattr__(self, name): return getattr(self.__dict__['tok'], name)   # num_tokens, bits_per_token, generative, …
+    def encode(self, x: Float[Tensor, 'b c h w'], keep=None, **kw) -> Tokens:
+        "Pictures to tokens, see `ImageTokenizer.encode`."
+        return self.tok.encode(self.base.encode(x), keep, **kw)
+    def decode(self, tokens: Tokens, **sampling) -> Float[Tensor, 'b c h w']: # in 0..1
+        "Tokens to pictures, see `ImageTokenizer.decode`; the grid is clamped to 0..1, and so are the pictures."
+        return self.base.decode(self.tok.decode(tokens, **sampling)).clamp(0, 1)
+
+# %% ../nbs/00_foundations/61_codec.ipynb #5cd78687
+class FlatEncoder(nn.Module):
+    "Pictures to registers by a perceptron over all pixels. ValueError for sizes below 1 or a picture of another size."
+    def __init__(self,
+        size: int, # side of the picture or grid
+        channels: int, # of it
+        dim: int, # channels of each vector that leaves
+        latents: int, # number of registers
+        *,
+        width: int = 32, # channels of a register's hidden vector, and of a condition
+        hidden: int = 256, # channels inside
+    ):
+        super().__init__()
+        for k, v in dict(size=size, channels=channels, latents=latents, width=width, hidden=hidden).items(): check_range(v, k, 1)
+        self.size, self.channels, self.latents, self.width = size, channels, latents, width
+        self.embed, self.budget = nn.Linear(channels*size*size, hidden), nn.Embedding(latents + 1, hidden)
+        self.told = nn.Linear(width, hidden)
+        self.mix = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, latents*width))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+
+    def hidden(self,
+        x: Float[Tensor, 'b c s s'], # pictures around 0..1
+        n: int = None, # how many registers to use, which the network is told; all when not given
+        cond: Float[Tensor, 'b m w'] = None, # vectors of a condition, added up
+    ) -> Float[Tensor, 'b n w']: # (b, n, width)
+        "The vectors before the last projection."
+        check(x, 'x', 'b c s s', c=self.channels, s=self.size)
+        n = self.latents if n is None else check_range(n, 'n', 1, self.latents)
+        h = self.embed(x.flatten(1)*2 - 1) + self.budget.weight[n]
+        if cond is not None: h = h + self.told(cond.sum(1))
+        return self.mix(h).view(len(x), self.latents, self.width)[:, :n]
+
+    def forward(self, x: Float[Tensor, 'b c s s'], n: int = None, cond=None) -> Float[Tensor, 'b n d']:
+        "Encode."
+        return self.out(self.hidden(x, n, cond))
+
+class FlatDecoder(nn.Module):
+    "Registers to pictures by a perceptron over the sum of their vectors. ValueError for more tokens than it was built for."
+    def __init__(self,
+        size: int, # side of the picture or grid
+        channels: int, # of it
+        dim: int, # channels of each vector
+        latents: int, # number of registers
+        *,
+        hidden: int = 256, # channels inside
+    ):
+        super().__init__()
+        self.shape, self.dim, self.latents = (channels, size, size), dim, latents
+        self.book, self.start = nn.Parameter(torch.randn(latents, dim, hidden)*dim**-.5), nn.Parameter(torch.zeros(hidden))
+        self.mix, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, channels*size*size)
+
+    def forward(self,
+        z: Float[Tensor, 'b k d'], # vectors of the first k tokens
+        keep: Bool[Tensor, 'b k'] = None, # True where a token counts
+    ) -> Float[Tensor, 'b c s s']: # around 0..1, not clamped
+        "Draw."
+        k = check(z, 'z', 'b k d', d=self.dim, finite=False)['k']
+        if k > self.latents: raise ValueError(f'z must hold at most {self.latents} tokens, got {k}')
+        if keep is not None: z = torch.where(keep[..., None], z, z.new_zeros(()))
+        h = torch.einsum('bkd,kdh->bh', z, self.book[:k]) + self.start
+        return (self.out(F.silu(self.mix(F.silu(h)))).view(len(z), *self.shape) + 1)/2
+
+    def last_layer(self) -> Tensor: # the weight that `TokenizerLoss` balances gradients at
+        "The weight of the last layer."
+        return self.out.weight
