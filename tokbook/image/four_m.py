@@ -622,7 +622,7 @@ def grouped_cross_entropy(
     counts: list = None, # targets of each group, where the host knows them: then a GPU never waits
 ) -> tuple: # mean loss of each group (g,), 0 where it has no target; targets of each group
     """Cross-entropy under many heads: sort the targets by group once, then one fused
-    linear-cross-entropy a group, with no logits in memory and no boolean index.
+    linear-cross-entropy a group, with no boolean index and no logits in memory (but for a few on a CPU).
     ValueError for sizes that do not add up to the table, groups outside of them, or a target outside of
     its group's head."""
     check(y, 'y', 't d'); check(table, 'table', 'v d', d=y.shape[1])
