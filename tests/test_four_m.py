@@ -3,6 +3,7 @@ import math
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from tokbook.data import scenes
+from tokbook.image import four_m
 from tokbook.image.four_m import (FeatureModality, FourM, LightModality, MaskedBatch, MaskingStrategy, Memcodes, Modality, ModalityRegistry, MultimodalMasker, PatchModality, PixelModality,
                                   PlanStep, SpecialValueTokenizer, TextModality, checked_tokens, ensemble_any, generate_any, grouped_cross_entropy, grow_four_m, merge_spans, sample_budgets,
                                   span_mask, unmask_schedule)
@@ -91,12 +92,15 @@ def test_grouped_cross_entropy(seed):
     g = gen(seed); sizes = torch.randint(1, 9, (4,), generator=g).tolist(); n = int(torch.randint(1, 30, (1,), generator=g))
     w, y = torch.randn(sum(sizes), 5, generator=g, requires_grad=True), torch.randn(n, 5, generator=g, requires_grad=True)
     group = torch.randint(-1, 4, (n,), generator=g); target = (torch.rand(n, generator=g)*torch.tensor(sizes)[group.clamp(min=0)]).long()
-    loss, counts = grouped_cross_entropy(y, w, sizes, target, group); first = [sum(sizes[:i]) for i in range(4)]
+    first = [sum(sizes[:i]) for i in range(4)]
     ref = [F.cross_entropy(y[group == i]@w[a:a + s].T, target[group == i]) if (group == i).any() else y.sum()*0 for i, (a, s) in enumerate(zip(first, sizes))]
-    assert counts == [(group == i).sum().item() for i in range(4)] and torch.allclose(loss, torch.stack(ref), atol=1e-5)
-    if sum(counts):
-        for a, b in zip(torch.autograd.grad(loss.sum(), (y, w)), torch.autograd.grad(sum(ref), (y, w))): assert torch.allclose(a, b, atol=1e-5)
-    known = grouped_cross_entropy(y, w, sizes, target, group, counts)[0]; assert torch.equal(known, loss)
+    for small in (four_m._SMALL, 0): # plain products, and the fused loss
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(four_m, '_SMALL', small); loss, counts = grouped_cross_entropy(y, w, sizes, target, group)
+            known = grouped_cross_entropy(y, w, sizes, target, group, counts)[0]; assert torch.equal(known, loss)
+        assert counts == [(group == i).sum().item() for i in range(4)] and torch.allclose(loss, torch.stack(ref), atol=1e-5)
+        if sum(counts):
+            for a, b in zip(torch.autograd.grad(loss.sum(), (y, w)), torch.autograd.grad(sum(ref), (y, w), retain_graph=True)): assert torch.allclose(a, b, atol=1e-5)
 
 def test_generation_identities():
     m = model(2); two = {n: x[:3] for n, x in T.items()}; run = lambda *a, **k: generate_any(m, *a, tokenizer=TOK, generator=gen(5), **k)

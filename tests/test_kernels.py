@@ -270,12 +270,12 @@ def test_no_table_in_memory():
     "Peak memory beyond inputs, in a fresh process: a small part of the table, while the eager form of the same call is seen to hold it."
     script = """
 import torch
-from tokbook.bench import CASES, _peak_here
+from tokbook.bench import CASES, peak_bytes
 for name, contender, sizes, small in [('nearest_code', 'tokbook', dict(n=4096, k=8192, d=16), dict(n=64, k=64, d=16)), ('energy_score', 'tokbook', dict(b=1, t=4096, d=32), dict(b=1, t=64, d=32)),
                                       ('match_merge', 'tokbook', dict(b=1, t=8192, d=16, c=8), dict(b=1, t=64, d=16, c=8)), ('nearest_code', 'addmm + argmin', dict(n=4096, k=8192, d=16), dict(n=64, k=64, d=16))]:
     make = CASES[name][0]
     make('cpu', **small)[0][contender]() # loads libraries
-    print(_peak_here(make('cpu', **sizes)[0][contender]))
+    print(peak_bytes(make('cpu', **sizes)[0][contender]))
 """
     near, energy, merge, eager = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
     table, square = 4*4096*8192, 4*4096**2

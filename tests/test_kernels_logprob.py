@@ -275,13 +275,13 @@ def test_no_table_in_memory():
     "Peak memory beyond inputs, in a fresh process: under an eighth of what the eager form of the same call is seen to hold."
     script = """
 import torch
-from tokbook.bench import CASES, _peak_here
+from tokbook.bench import CASES, peak_bytes
 for name, sizes in [('linear_logprob', dict(n=2048, v=8192, d=32, grad=0)), ('linear_logprob', dict(n=2048, v=8192, d=32, grad=1)), ('linear_cross_entropy', dict(n=2048, v=8192, d=32, grad=1)), ('linear_max', dict(b=4, t=512, v=8192, d=32, grad=1))]:
     for contender in ('tokbook', 'eager'):
         make = CASES[name][0]
         with torch.no_grad():
             make('cpu', **{k: v if k == 'grad' else max(4, v//16) for k, v in sizes.items()})[0][contender]() # loads libraries
-            print(_peak_here(make('cpu', **sizes)[0][contender]))
+            print(peak_bytes(make('cpu', **sizes)[0][contender]))
 """
     out = list(map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split()))
     for ours, eager in zip(out[::2], out[1::2]):

@@ -141,12 +141,12 @@ def test_no_square_table():
     "On a CPU neither the list of blocks nor attention makes the whole square; what makes it is seen to."
     script = """
 import torch
-from tokbook.bench import _peak_here
+from tokbook.bench import peak_bytes
 from tokbook.kernels import causal, ordered_attention, window
 t, m = 16384, causal() & window(64)
 q = torch.randn(1, 1, t, 8)
 m.tiles(256); ordered_attention(*[q[:, :, :512]]*3, m)
-print(*(_peak_here(f) for f in (lambda: m.tiles(t), lambda: ordered_attention(q, q, q, m), lambda: m.dense(t)))) # the largest last: not every machine can reset the mark
+print(*(peak_bytes(f) for f in (lambda: m.tiles(t), lambda: ordered_attention(q, q, q, m), lambda: m.dense(t)))) # the largest last: not every machine can reset the mark
 """
     tiles, attention, dense = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
     square = 16384**2

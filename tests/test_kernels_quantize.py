@@ -357,12 +357,12 @@ def test_no_table_in_memory():
     "Peak memory beyond inputs, in a fresh process: a small part of the table, while the eager form of the same call is seen to hold it."
     script = """
 import torch
-from tokbook.bench import CASES, _peak_here
+from tokbook.bench import CASES, peak_bytes
 for name, contender, sizes, small in [('assignment_entropy', 'tokbook', dict(n=8192, k=2048, d=8), dict(n=64, k=64, d=8)), ('assignment_entropy', 'eager', dict(n=8192, k=2048, d=8), dict(n=64, k=64, d=8)),
                                       ('residual_nearest', 'tokbook', dict(n=8192, q=2, k=2048, d=8), dict(n=64, q=2, k=64, d=8)), ('scalar_quantize', 'tokbook', dict(n=2**18, levels=(8, 5)), dict(n=64, levels=(8, 5)))]:
     make = CASES[name][0]
     make('cpu', **small)[0][contender]() # loads libraries
-    print(_peak_here(make('cpu', **sizes)[0][contender]))
+    print(peak_bytes(make('cpu', **sizes)[0][contender]))
 """
     ours, eager, res, sca = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
     table = 4*8192*2048

@@ -313,11 +313,11 @@ def test_no_table_in_memory():
     "Peak memory beyond inputs, in a fresh process: a small part of the logits, while the eager forms are seen to hold copies of them."
     script = """
 import torch
-from tokbook.bench import CASES, _peak_here
+from tokbook.bench import CASES, peak_bytes
 for name, contender in [('sample_mix', 'tokbook'), ('sample_token', 'tokbook'), ('byte_marginal', 'tokbook'), ('sample_token', 'sort, eager')]:
     make, sizes = CASES[name][0], dict(n=64, t=100_000, **dict(sample_mix=dict(d=8), sample_token=dict(top_p=.9)).get(name, {}))
     make('cpu', **{**sizes, 't': 1000})[0][contender]() # loads libraries
-    print(_peak_here(make('cpu', **sizes)[0][contender]))
+    print(peak_bytes(make('cpu', **sizes)[0][contender]))
 """
     mix, token, marginal, eager = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
     table = 4*64*100_000

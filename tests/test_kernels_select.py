@@ -203,11 +203,11 @@ def test_no_table_in_memory():
     "Few of many tokens: nothing of n×n. The same call by a table is seen to hold it."
     script = """
 import torch
-from tokbook.bench import _peak_here
+from tokbook.bench import peak_bytes
 from tokbook.kernels import greedy_select
 x = torch.randn(1, 8192, 8)
 greedy_select(x[:, :64], 4)
-print(_peak_here(lambda: greedy_select(x, 20)), _peak_here(lambda: x @ x.mT))
+print(peak_bytes(lambda: greedy_select(x, 20)), peak_bytes(lambda: x @ x.mT))
 """
     ours, table = map(int, subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.split())
     assert table > .9*4*8192**2 and ours < table/20

@@ -611,6 +611,8 @@ def four_m_loss(
     return model(batch)[0]
 
 # %% ../../nbs/03_image/70_four_m.ipynb #fourm046
+_SMALL = 2**16 # logits
+
 def grouped_cross_entropy(
     y: Float[Tensor, 't d'], # what the decoder says at every target
     table: Float[Tensor, 'v d'], # the heads of all groups, one below the other
@@ -620,7 +622,7 @@ def grouped_cross_entropy(
     counts: list = None, # targets of each group, where the host knows them: then a GPU never waits
 ) -> tuple: # mean loss of each group (g,), 0 where it has no target; targets of each group
     """Cross-entropy under many heads: sort the targets by group once, then one fused
-    linear-cross-entropy a group, with no logits in memory and no boolean index.
+    linear-cross-entropy a group, with no boolean index and no logits in memory (but for a few on a CPU).
     ValueError for sizes that do not add up to the table, groups outside of them, or a target outside of
     its group's head."""
     check(y, 'y', 't d'); check(table, 'table', 'v d', d=y.shape[1])
@@ -631,11 +633,15 @@ def grouped_cross_entropy(
         raise ValueError(f'group must lie in [-1, {len(sizes)}), got values from {group.min()} to {group.max()}')
     order = group.argsort(stable=True)
     if counts is None: counts = torch.bincount(group + 1, minlength=len(sizes) + 1)[1:].tolist()
-    y, target = y[order], target[order]; at, row, out = len(y) - sum(counts), 0, []
-    for n, v in zip(counts, sizes):
-        if n and y.device.type == 'cpu': check_codes(target[at:at + n], v, 'target')
-        out.append(linear_cross_entropy(y[at:at + n], table[row:row + v], target[at:at + n]) if n else y.new_zeros(()))
-        at += n; row += v
+    order = order[len(y) - sum(counts):] # the empty places came first
+    y, target, out = y[order].split(counts), target[order].split(counts), []
+    for n, W, h, t in zip(counts, table.split(sizes), y, target):
+        cpu = h.device.type == 'cpu'
+        if n and cpu: check_codes(t, len(W), 'target')
+        if not n: out.append(h.new_zeros(()))
+        # logits that fit a CPU's cache: tiles would cost more than they save
+        elif cpu and n*len(W) <= _SMALL: out.append(F.cross_entropy(h@W.T, t))
+        else: out.append(linear_cross_entropy(h, W, t))
     return torch.stack(out), counts
 
 # %% ../../nbs/03_image/70_four_m.ipynb #fourm052

@@ -118,6 +118,10 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, g, _):
         (q, C, at), g = ctx.saved_tensors, g*ctx.scale
         rows, (b, n, d) = q.flatten(0, 1), q.shape
+        if not q.is_cuda and b*n*len(C) <= _DENSE:                   # small: the table again, with one entry a (sample, token)
+            G = g.new_zeros(b, n, len(C)).scatter_(1, at[:, None], g[:, None])
+            dq, dC = G@C.to(g), G.flatten(0, 1).T@rows.to(g)
+            return dq.to(q.dtype), dC.to(C.dtype), None, None
         dq, dC = torch.zeros_like(rows, dtype=g.dtype), torch.zeros_like(C, dtype=g.dtype)
         for i, k in zip(*(o.split(2**16) for o in g.nonzero().T)):   # (sample, token): only where sparsemax let a gradient through
             w, j = g[i, k, None], i*n + at[i, k]                     # and only at the position that won
