@@ -12,7 +12,7 @@ from tokbook.core import provenance, seed_all
 from tokbook.data import SCENE_COLORS, scenes
 from tokbook.generator import ARGenerator, MaskedGenerator, fit_generator
 from tokbook.measure import feature_stats, fit_features, frechet
-from tokbook.image import BinaryQuantizer, FlexTok
+from tokbook.image import BinaryQuantizer, FlexTok, PatchPCA
 from tokbook.quantize import BSQ, FSQ, VectorQuantize
 from tokbook.train import Batches, fit
 
@@ -23,14 +23,15 @@ LOSS = TokenizerLoss(pixel_weight=300.) # loud enough that every gradient is cli
 def tokenizer(quantizer, **kw): return ImageTokenizer(16, 3, 4, dim=8, width=48, quantizer=quantizer, **kw)
 def vq(): return VectorQuantize(8, 256, cosine=True, kmeans_init=True)
 def fsq(): return FSQ([8, 8, 4], 8)
-TOKENIZERS = { # name -> (make, rule for the length in training)
-    'grid, VQ': (lambda: tokenizer(vq()), None),
-    'grid, FSQ': (lambda: tokenizer(fsq()), None),
-    'grid, BSQ': (lambda: tokenizer(BSQ(8, 8)), None),
-    'registers, FSQ': (lambda: tokenizer(fsq(), latents=16), None),
-    'registers, bits (Instella)': (lambda: tokenizer(BinaryQuantizer(8, 8, tau=.3), latents=16), None),
-    'registers, VQ, any prefix (One-D-Piece)': (lambda: tokenizer(vq(), latents=16), uniform_length),
-    'registers, FSQ, any prefix, flow (FlexTok)': (lambda kind='flow': FlexTok(16, 3, 4, registers=16, levels=(8, 8, 4), width=48, decoder_depth=2, decoder=kind), uniform_length),
+def flextok(x, decoder='flow'): return FlexTok(16, 3, 2, registers=16, levels=(8, 8, 4), width=48, decoder_depth=2, decoder=decoder, vae=PatchPCA(x, 4, 12)) # a frozen autoencoder underneath, as in the paper
+TOKENIZERS = { # name -> (pictures -> tokenizer, rule for the length in training)
+    'grid, VQ': (lambda x: tokenizer(vq()), None),
+    'grid, FSQ': (lambda x: tokenizer(fsq()), None),
+    'grid, BSQ': (lambda x: tokenizer(BSQ(8, 8)), None),
+    'registers, FSQ': (lambda x: tokenizer(fsq(), latents=16), None),
+    'registers, bits (Instella)': (lambda x: tokenizer(BinaryQuantizer(8, 8, tau=.3), latents=16), None),
+    'registers, VQ, any prefix (One-D-Piece)': (lambda x: tokenizer(vq(), latents=16), uniform_length),
+    'registers, FSQ, any prefix, flow (FlexTok)': (flextok, uniform_length),
 }
 GENERATORS = {'one after another': ARGenerator, 'masked': MaskedGenerator}
 
@@ -41,14 +42,14 @@ def data(n, split, seed=0): # -> pictures, class: the color of the object
 
 
 def train(make, length, x, steps, seed): # -> a trained tokenizer
-    how = dict(seed=seed, progress=False); seed_all(seed); tok = make()
+    how = dict(seed=seed, progress=False); seed_all(seed); tok = make(x)
     if not tok.generative: fit_tokenizer(tok, x, steps=steps, objective=LOSS, length=length, lr=LR, **how); return tok
-    first = make('direct')                                       # half of the steps for a direct decoder, whose weights start the flow, as in the chapter on FlexTok
+    first = make(x, 'direct')                                    # half of the steps for a direct decoder, whose weights start the flow, as in the chapter on FlexTok
     fit_tokenizer(first, x, steps=steps//2, objective=LOSS, length=length, lr=LR, **how)
-    tok.load_state_dict(first.state_dict()); codes = first.encode(x).values
+    tok.load_state_dict(first.state_dict()); z, codes = tok.code(x), first.encode(x).values
     with torch.no_grad(): tok.decoder.out.weight.neg_(); tok.decoder.out.bias.neg_()
     n = tok.num_tokens; step = lambda d, b: d.loss(b[0], tok.quantizer.decode(b[1]), keep_mask(length(len(b[0]), n), n))
-    fit(tok.decoder, step, Batches((x, codes), 64, seed=seed), steps=steps - steps//2, lr=LR, wd=.01, clip=1., schedule='onecycle', **how)
+    fit(tok.decoder, step, Batches((z, codes), 64, seed=seed), steps=steps - steps//2, lr=LR, wd=.01, clip=1., schedule='onecycle', **how)
     return tok.eval()
 
 
