@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core import Bool, Float, Int, Tensor, check, check_in, check_range, import_extra
 from ..flow import TimeEmbedding
-from ..layers import Block, attend_mask, patchify, rotary, unpatchify
+from ..layers import Block, attend_mask, patchify, unpatchify
 from ..quantize.vq_survey import Quantizer
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #ed70a1c6
@@ -66,25 +66,39 @@ def unpack_bits(
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #16bcc9fb
 class _AxialBlock(nn.Module): # attention with three rotary axes, and a gated perceptron
-    def __init__(self, dim, heads, split):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.split = heads, split
-        self.norm1, self.norm2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3*dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = nn.RMSNorm(dim//heads), nn.RMSNorm(dim//heads)
-        self.up, self.down = nn.Linear(dim, 2*(dim*8//3//2*2), bias=False), nn.Linear(dim*8//3//2*2, dim, bias=False)
-    def forward(self, x, pos): # x (b, t, d), pos (3, t)
+        hidden = dim*8//3//2*2
+        self.up, self.down = nn.Linear(dim, 2*hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+    def forward(self, x, turn): # x (b, t, d); turn: cosines and sines (t, d/2/heads) of `_turns`
         q, k, v = (rearrange(y, 'b t (h d) -> b h t d', h=self.heads) for y in self.qkv(self.norm1(x)).chunk(3, -1))
-        turn = lambda y: torch.cat([rotary(part, p) for part, p in zip(y.split(self.split, -1), pos)], -1)
-        x = x + self.out(rearrange(F.scaled_dot_product_attention(turn(self.q_norm(q)), turn(self.k_norm(k)), v), 'b h t d -> b t (h d)'))
+        y = F.scaled_dot_product_attention(_turned(self.q_norm(q), turn), _turned(self.k_norm(k), turn), v)
+        x = x + self.out(rearrange(y, 'b h t d -> b t (h d)'))
         a, b = self.up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(a)*b)
+
+def _split(width, heads): # channels of a head for each rotary axis: an eighth for registers, as in the paper (8 of 64)
+    if width % heads or width//heads % 2 or width//heads < 6: raise ValueError(f'a head needs an even width of at least 6, got {width}/{heads}')
+    d = width//heads; a = max(2, d//8//2*2); r = (d - a)//2//2*2
+    return [d - 2*r, r, r]
 
 def _places(k, h, w, span, device): # (3, k + h w): registers along the first axis, patches on a grid that spans the same range at every size
     along = lambda n: torch.arange(n, device=device).float()*((span - 1)/max(1, n - 1))
     reg = torch.stack([torch.arange(k, device=device).float(), *[torch.zeros(k, device=device)]*2])
     grid = torch.stack([torch.zeros(h*w, device=device), along(h).repeat_interleave(w), along(w).repeat(h)])
     return torch.cat([reg, grid], 1)
+
+def _turns(pos, split): # (3, t), channels of each axis -> cosines and sines (t, d/2): once for all blocks
+    theta = lambda d: 10_000.**-(torch.arange(0, d, 2, device=pos.device).float()/d)
+    angle = torch.cat([p[:, None]*theta(d) for p, d in zip(pos, split)], 1)
+    return angle.cos(), angle.sin()
+
+def _turned(x, turn): # channel i and channel i + d/2 are a pair
+    (a, b), (cos, sin) = x.chunk(2, -1), turn
+    return torch.cat([a*cos - b*sin, b*cos + a*sin], -1)
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #fa557a50
 class LatentQueryEncoder(nn.Module):
@@ -103,9 +117,9 @@ class LatentQueryEncoder(nn.Module):
         super().__init__()
         for n, v in dict(channels=channels, patch=patch, latents=latents, dim=dim, depth=depth).items(): check_range(v, n, 1)
         self.channels, self.patch, self.latents, self.span = channels, patch, latents, span
-        split = _split(width, heads)
+        self.split = _split(width, heads)
         self.embed, self.registers = nn.Linear(channels*patch**2, width), nn.Parameter(torch.randn(latents, width)*width**-.5)
-        self.fine, self.coarse = (nn.ModuleList(_AxialBlock(width, heads, split) for _ in range(depth)) for _ in 'ab')
+        self.fine, self.coarse = (nn.ModuleList(_AxialBlock(width, heads) for _ in range(depth)) for _ in 'ab')
         self.merge, self.out = nn.Linear(4*width, width), nn.Sequential(nn.RMSNorm(width), nn.Linear(width, dim))
     def forward(self,
         x: Float[Tensor, 'b c h w'], # pictures in 0..1, any size that 2*patch divides
@@ -115,11 +129,11 @@ class LatentQueryEncoder(nn.Module):
         if n['h'] % (2*p) or n['w'] % (2*p): raise ValueError(f'height and width must be multiples of 2*patch = {2*p}, got {n["h"]} by {n["w"]}')
         h, w = n['h']//p, n['w']//p
         y = torch.cat([self.registers.expand(n['b'], -1, -1), self.embed(patchify(x*2 - 1, p))], 1)
-        pos = _places(k, h, w, self.span, x.device)
-        for block in self.fine: y = block(y, pos)
+        turn = _turns(_places(k, h, w, self.span, x.device), self.split)
+        for block in self.fine: y = block(y, turn)
         cells = self.merge(rearrange(y[:, k:], 'b (h i w j) d -> b (h w) (i j d)', h=h//2, w=w//2, i=2, j=2))
-        y, pos = torch.cat([y[:, :k], cells], 1), _places(k, h//2, w//2, self.span, x.device)
-        for block in self.coarse: y = block(y, pos)
+        y, turn = torch.cat([y[:, :k], cells], 1), _turns(_places(k, h//2, w//2, self.span, x.device), self.split)
+        for block in self.coarse: y = block(y, turn)
         return self.out(y[:, :k])
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #a38f1600
@@ -140,9 +154,9 @@ class LatentQueryDecoder(nn.Module):
         super().__init__()
         for n, v in dict(channels=channels, patch=patch, latents=latents, dim=dim, depth=depth).items(): check_range(v, n, 1)
         self.channels, self.patch, self.latents, self.size, self.span, self.dim = channels, patch, latents, size, span, dim
-        split = _split(width, heads)
+        self.split = _split(width, heads)
         self.embed, self.query = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, width)), nn.Parameter(torch.randn(width)*width**-.5)
-        self.coarse, self.fine = (nn.ModuleList(_AxialBlock(width, heads, split) for _ in range(depth)) for _ in 'ab')
+        self.coarse, self.fine = (nn.ModuleList(_AxialBlock(width, heads) for _ in range(depth)) for _ in 'ab')
         self.divide, self.out = nn.Linear(width, 4*width), nn.Sequential(nn.RMSNorm(width), nn.Linear(width, channels*patch**2))
     def forward(self,
         z: Float[Tensor, 'b k d'], # vectors
@@ -157,17 +171,12 @@ class LatentQueryDecoder(nn.Module):
         if h % (2*p) or w % (2*p): raise ValueError(f'height and width must be multiples of 2*patch = {2*p}, got {h} by {w}')
         h, w = h//p, w//p
         y = torch.cat([self.embed(z), self.query.expand(n['b'], h*w//4, -1)], 1)
-        pos = _places(k, h//2, w//2, self.span, z.device)
-        for block in self.coarse: y = block(y, pos)
+        turn = _turns(_places(k, h//2, w//2, self.span, z.device), self.split)
+        for block in self.coarse: y = block(y, turn)
         cells = rearrange(self.divide(y[:, k:]), 'b (h w) (i j d) -> b (h i w j) d', h=h//2, w=w//2, i=2, j=2)
-        y, pos = torch.cat([y[:, :k], cells], 1), _places(k, h, w, self.span, z.device)
-        for block in self.fine: y = block(y, pos)
+        y, turn = torch.cat([y[:, :k], cells], 1), _turns(_places(k, h, w, self.span, z.device), self.split)
+        for block in self.fine: y = block(y, turn)
         return (unpatchify(self.out(y[:, k:]), p, rows=h) + 1)/2
-
-def _split(width, heads): # channels of a head for each rotary axis: an eighth for registers, as in the paper (8 of 64)
-    if width % heads or width//heads % 2 or width//heads < 6: raise ValueError(f'a head needs an even width of at least 6, got {width}/{heads}')
-    d = width//heads; a = max(2, d//8//2*2); r = (d - a)//2//2*2
-    return [d - 2*r, r, r]
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #84852c04
 PROTOCOLS = ('renoise', 'posterior', 'plugin', 'reference2')
@@ -358,21 +367,25 @@ class BinaryARHead(nn.Module):
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #35d34b81
 @torch.no_grad()
 def sample_bits(
-    model: BitTransformer, # causal, with a `BinaryARHead`
-    labels: Int[Tensor, 'b'] = None, # classes
-    batch: int = 1, # how many, when there are no labels
+    model, # a `BitTransformer` or a `LayerwiseTextFusion`, causal, with a `BinaryARHead`
+    labels: Int[Tensor, 'b'] = None, # classes of a `BitTransformer`
+    batch: int = 1, # how many, when there are neither labels nor text
     temperature: float = 1., # 0 takes the likelier bit
     guidance: float = 0., # w
     generator: torch.Generator = None, # source of randomness
+    text: tuple = None, # captions of a `LayerwiseTextFusion`, from its `read`
+    null: tuple = None, # with guidance, empty captions, from `read`
 ) -> Int[Tensor, 'b n m']: # bits
-    "Write token after token. ValueError for a model that is not causal."
+    "Write token after token. ValueError for a model that is not causal, or guidance with text and no `null`."
     if not model.causal: raise ValueError('sample_bits needs a causal model')
-    b = batch if labels is None else len(labels); dev = model.pos.device
+    b = len(text[1]) if text is not None else batch if labels is None else len(labels); dev = model.start.device
+    if text is None: cond, none = dict(labels=labels), dict(labels=torch.full((b,), model.classes or 0, device=dev))
+    else: cond, none = dict(text=text), dict(text=null)
+    if guidance and text is not None and null is None: raise ValueError('guidance needs null: empty captions')
     x = torch.zeros(b, model.tokens, model.bits, dtype=torch.long, device=dev)
-    none = torch.full((b,), model.classes or 0, device=dev)
     for i in range(model.tokens): # at toy size the past is read again; a cache would save that
-        h = model.hidden(x, labels=labels)[:, i]
-        x[:, i] = model.head.sample(h, temperature, generator, model.hidden(x, labels=none)[:, i] if guidance else None, guidance)
+        h0 = model.hidden(x, **none)[:, i] if guidance else None
+        x[:, i] = model.head.sample(model.hidden(x, **cond)[:, i], temperature, generator, h0, guidance)
     return x
 
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #58e628f0
@@ -387,20 +400,20 @@ def layer_features(
     return list(out.hidden_states[1:])
 
 class _FusionBlock(nn.Module): # image tokens ask both the text and themselves
-    def __init__(self, dim, text_dim, heads, length, cond_dim):
+    def __init__(self, dim, text_dim, heads, length, causal):
         super().__init__()
-        self.heads, self.place = heads, nn.Parameter(.02*torch.randn(length, dim))
+        self.heads, self.causal, self.place = heads, causal, nn.Parameter(.02*torch.randn(length, dim))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.text, self.qkv, self.out = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim)), nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
-        self.mlp, self.ada = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim)), nn.Linear(cond_dim, 6*dim)
-        nn.init.zeros_(self.ada.weight); nn.init.zeros_(self.ada.bias)
+        self.mlp, self.ada = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim)), None if causal else nn.Linear(dim, 6*dim)
+        if not causal: nn.init.zeros_(self.ada.weight); nn.init.zeros_(self.ada.bias)
     def _heads(self, y): return rearrange(y, 'b t (h d) -> b h t d', h=self.heads)
     def read(self, T): return tuple(map(self._heads, F.linear(self.text(T), self.qkv.weight[self.out.out_features:], self.qkv.bias[self.out.out_features:]).chunk(2, -1))) # keys, values (b, h, s, d)
-    def forward(self, x, text, mask, cond):
-        a = self.ada(F.silu(cond))[:, None].chunk(6, -1)
+    def forward(self, x, text, mask, cond=None):
+        a = (0., 0., 1.)*2 if cond is None else self.ada(F.silu(cond))[:, None].chunk(6, -1)
         h = (self.norm1(x + self.place))*(1 + a[0]) + a[1]
         q, k, v = map(self._heads, self.qkv(h).chunk(3, -1))
-        m = F.pad(mask.bool(), (0, x.shape[1]), value=True)[:, None, None]                            # (b, 1, 1, s + n)
+        n = x.shape[1]; m = attend_mask(n, mask.shape[1] + n, causal=self.causal, mask=F.pad(mask.bool(), (0, n), value=True)) # (b, 1, 1 or n, s + n)
         y = F.scaled_dot_product_attention(q, torch.cat([text[0], k], 2), torch.cat([text[1], v], 2), attn_mask=m)
         x = x + a[2]*self.out(rearrange(y, 'b h t d -> b t (h d)'))
         return x + a[5]*self.mlp(self.norm2(x)*(1 + a[3]) + a[4])
@@ -408,7 +421,8 @@ class _FusionBlock(nn.Module): # image tokens ask both the text and themselves
 # %% ../../nbs/03_image/10_instella_t2i.ipynb #ea8486f2
 class LayerwiseTextFusion(nn.Module):
     """Bits of a picture and the states of a frozen language model in, one logit a bit out: the generator for text to image.
-    `text = model.read(features, mask)` once, then `model(bits, t, text=text)` in every step. ValueError for another number of layers than blocks."""
+    `text = model.read(features, mask)` once, then `model(bits, t, text=text)` in every step; causal, without t.
+    ValueError for another number of layers than blocks, or a time that is missing or not wanted."""
     def __init__(self,
         tokens: int, # n
         bits: int, # m: bits of a token
@@ -417,14 +431,16 @@ class LayerwiseTextFusion(nn.Module):
         *,
         dim: int = 64, # width
         heads: int = 4, # attention heads
+        causal: bool = False, # token i sees the text and tokens before it; for autoregression, without a time
+        head: nn.Module = None, # a `BinaryARHead`, or a linear map when not given
     ):
         super().__init__()
         for k, v in dict(tokens=tokens, bits=bits, text_dim=text_dim, depth=depth).items(): check_range(v, k, 1)
         if dim % heads: raise ValueError(f'heads must divide dim, got {dim} and {heads}')
-        self.tokens, self.bits = tokens, bits
-        self.inp, self.time = nn.Linear(bits, dim), TimeEmbedding(dim)
-        self.blocks = nn.ModuleList(_FusionBlock(dim, text_dim, heads, tokens, dim) for _ in range(depth))
-        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, bits)
+        self.tokens, self.bits, self.causal = tokens, bits, causal
+        self.inp, self.start, self.time = nn.Linear(bits, dim), nn.Parameter(.02*torch.randn(dim)), None if causal else TimeEmbedding(dim)
+        self.blocks = nn.ModuleList(_FusionBlock(dim, text_dim, heads, tokens, causal) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), head or nn.Linear(dim, bits)
     def read(self,
         features, # hidden states (b, s, d) of every layer, as from `layer_features`
         mask: Int[Tensor, 'b s'], # 1 where a token is real
@@ -432,13 +448,18 @@ class LayerwiseTextFusion(nn.Module):
         "What the text says to each block: depends on neither time nor picture."
         if len(features) != len(self.blocks): raise ValueError(f'features must hold {len(self.blocks)} layers, one a block, got {len(features)}')
         return [b.read(T) for b, T in zip(self.blocks, features)], mask
+    def hidden(self, x, t=None, text=None): # (b, n, d)
+        check(x, 'x', 'b n m', kind=None, n=self.tokens, m=self.bits)
+        if (t is None) != self.causal: raise ValueError('t must be given exactly when the model is not causal')
+        h = self.inp(x.to(self.inp.weight.dtype))
+        if self.causal: h = torch.cat([self.start.expand(len(x), 1, -1), h[:, :-1]], 1)
+        cond = None if t is None else self.time(t)
+        for block, kv in zip(self.blocks, text[0]): h = block(h, kv, text[1], cond)
+        return self.norm(h)
     def forward(self,
         x: Int[Tensor, 'b n m'], # bits
-        t: Float[Tensor, 'b'], # time
-        text: tuple, # from `read`
+        t: Float[Tensor, 'b'] = None, # time, when not causal
+        text: tuple = None, # from `read`
     ) -> Float[Tensor, 'b n m']:
         "Logits."
-        check(x, 'x', 'b n m', kind=None, n=self.tokens, m=self.bits)
-        h, cond = self.inp(x.to(self.inp.weight.dtype)), self.time(t)
-        for block, kv in zip(self.blocks, text[0]): h = block(h, kv, text[1], cond)
-        return self.out(self.norm(h))
+        return self.head(self.hidden(x, t, text))
