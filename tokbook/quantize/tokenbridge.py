@@ -289,7 +289,6 @@ class TokenBridge(nn.Module):
         latents: Float[Tensor, 'b n c'], # what to learn
         labels: Int[Tensor, 'b'] = None, # classes
         ratio: float = None, # share of hidden positions; drawn when not given
-        targets: int = None, # hidden positions of a picture that the head learns at; all when not given
     ) -> Float[Tensor, '']: # nats a channel, or the flow's squared error
         "The loss at hidden positions."
         check(latents, 'latents', 'b n c', c=self.backbone.channels)
@@ -299,11 +298,10 @@ class TokenBridge(nn.Module):
             lo = torch.special.ndtr(torch.tensor((.7 - 1)/.25)); u = torch.rand(()).double()
             ratio = 1 + .25*torch.special.ndtri(lo + u*(.5 - lo)).item()
         hidden = max(1, min(n, math.ceil(check_range(ratio, 'ratio', 0, 1)*n)))
-        rank = torch.rand(b, n, device=latents.device).argsort(1).argsort(1); known = rank >= hidden
-        at = ~known if targets is None else rank < min(hidden, check_range(targets, 'targets', 1))
-        z = self.backbone(latents, known, labels)[at]
-        if self.quantizer is None: return self.head.loss(latents[at], z).mean()
-        return self.head.loss(z, codes[at][:, self.order]).mean()/c
+        known = torch.rand(b, n, device=latents.device).argsort(1).argsort(1) >= hidden
+        z = self.backbone(latents, known, labels)[~known]
+        if self.quantizer is None: return self.head.loss(latents[~known], z).mean()
+        return self.head.loss(z, codes[~known][:, self.order]).mean()/c
 
 # %% ../../nbs/02_quantize/20_tokenbridge.ipynb #ef2738d7
 @patch
