@@ -101,6 +101,11 @@ def test_hidden_share():
     n = [v for s in seen for v in s]; assert min(n) == 5 and max(n) == 6 and all(len(set(s)) == 1 for s in seen) # .7 of 6, rounded up; one ratio for a batch
 
 
+def test_neighboring_bins_start_alike():
+    torch.manual_seed(0); e = ChannelARHead(4, 3, 64, 32, 1).embed
+    near, far = (e[:, 1:] - e[:, :-1]).norm(dim=-1).max(), (e[:, 0] - e[:, -1]).norm(dim=-1).min(); assert 5*near < far
+
+
 def test_refusals():
     for bad in (lambda: frequency_order(torch.randn(2, 3, 1, 1)), lambda: build().loss(torch.randn(2, 6, 4), ratio=2.), lambda: build().sample(torch.tensor([0]), 0), lambda: build(classes=None).sample(torch.tensor([0]), guidance=-1.),
                 lambda: build(True).sample(torch.tensor([0]), order='confidence'), lambda: panter_dite_mse(1), lambda: DimensionwiseQuantizer(2, 8, -math.inf)):

@@ -173,8 +173,9 @@ class ChannelARHead(_ChannelHead):
         dropout: float = 0., # in training
     ):
         super().__init__(d_model, channels, levels)
-        self.project, self.place = nn.Linear(d_model, width), nn.Parameter(.02*torch.randn(channels, width))
-        self.embed = nn.Parameter(.02*torch.randn(max(1, channels - 1), levels, width))                  # a table a channel, none for the last
+        self.project, self.place = nn.Linear(d_model, width), nn.Parameter(.5*torch.randn(channels, width))
+        bend, v = torch.randn(2, max(1, channels - 1), 1, width), torch.linspace(-1.7, 1.7, levels)[:, None]
+        self.embed = nn.Parameter(.5*(v*bend[0] + (v**2 - 1)/2*bend[1]))    # a table a channel, none for the last; bins are a scale, so neighbors start alike
         self.body = Transformer(width, depth, heads, causal=True, qk_norm=True, cond_dim=width, dropout=dropout)
         self.out, self.bias = nn.Parameter(.02*torch.randn(channels, width, levels)), nn.Parameter(torch.zeros(channels, levels))
     def _run(self, h, z, at, cache=None): # h (n, t, w): channels at..at + t - 1
@@ -237,7 +238,7 @@ class MaskedARBackbone(nn.Module):
         check_range(class_dropout, 'class_dropout', 0, 1, hi_open=True)
         self.channels, self.length, self.classes, self.dim, self.buffer, self.class_dropout = channels, length, classes, dim, buffer, class_dropout
         self.inp, self.label = nn.Linear(channels, dim), nn.Embedding((classes or 0) + 1, dim)
-        init = lambda *s: nn.Parameter(.02*torch.randn(*s))
+        init = lambda *s: nn.Parameter(.5*torch.randn(*s))                  # as loud as what they are added to: who is where is seen from the first step
         self.enc_pos, self.dec_pos, self.hole, self.z_pos = init(buffer + length, dim), init(buffer + length, dim), init(dim), init(length, dim)
         self.enc, self.dec = Transformer(dim, enc_depth, heads, dropout=dropout), Transformer(dim, dec_depth, heads, dropout=dropout)
 
