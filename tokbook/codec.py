@@ -534,11 +534,14 @@ class PrincipalGrid(nn.Module):
         return ((g.movedim(1, 3).flatten(1) - .5)*self.spread@self.axes.T + self.mean).view(-1, *self.shape)
 
 class BasedTokenizer:
-    "A tokenizer of grids and the base in front of it, with the face of a tokenizer of pictures."
+    """A tokenizer of grids and the base in front of it, with the face of a tokenizer of pictures.
+    ValueError for a base that cannot encode and decode."""
     def __init__(self,
         tok: ImageTokenizer, # trained on `base.encode` of pictures
         base: nn.Module, # with `encode` and `decode`, such as `PrincipalGrid`
-    ): self.tok, self.base = tok, base
+    ):
+        if not all(callable(getattr(base, f, None)) for f in ('encode', 'decode')): raise ValueError(f'base must have encode and decode, got {type(base).__name__}')
+        self.tok, self.base = tok, base
     def __getattr__(self, name): return getattr(self.__dict__['tok'], name)   # num_tokens, bits_per_token, generative, …
     def encode(self, x: Float[Tensor, 'b c h w'], keep=None, **kw) -> Tokens:
         "Pictures to tokens, see `ImageTokenizer.encode`."
