@@ -136,6 +136,18 @@ class _ChannelHead(nn.Module, HubMixin):
     ) -> Float[Tensor, 'n']: # nats
         "The log-probability of each token."
         return -self.loss(z, codes)
+    @torch.no_grad()
+    def sample(self,
+        z: Float[Tensor, 'n d'], # what the backbone says of each token
+        temperature: float = 1., # 0 takes the most likely
+        top_k: int = None, # see `sample_token`
+        generator: torch.Generator = None, # source of randomness
+    ) -> Int[Tensor, 'n c']:
+        "Draw tokens; at temperature 1 and without top_k with the probabilities of `log_prob`. ValueError for a negative temperature."
+        self._check(z); check_range(temperature, 'temperature', 0)
+        was = self.training; self.eval()
+        out = self._draw(z, lambda logits: sample_token(logits, temperature=temperature, top_k=top_k, generator=generator).long())
+        self.train(was); return out
 
 # %% ../../nbs/02_quantize/20_tokenbridge.ipynb #aed002b9
 class ParallelHead(_ChannelHead):
@@ -149,16 +161,7 @@ class ParallelHead(_ChannelHead):
         super().__init__(d_model, channels, levels)
         self.net = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, channels*levels))
     def logits(self, z, codes=None): return self.net(z).unflatten(-1, (self.channels, self.levels)) # (n, c, b)
-    @torch.no_grad()
-    def sample(self,
-        z: Float[Tensor, 'n d'], # what the backbone says of each token
-        temperature: float = 1., # 0 takes the most likely
-        top_k: int = None, # see `sample_token`
-        generator: torch.Generator = None, # source of randomness
-    ) -> Int[Tensor, 'n c']:
-        "Draw tokens."
-        self._check(z); check_range(temperature, 'temperature', 0)
-        return sample_token(self.logits(z), temperature=temperature, top_k=top_k, generator=generator).long()
+    def _draw(self, z, pick): return pick(self.logits(z))
 
 # %% ../../nbs/02_quantize/20_tokenbridge.ipynb #7e5880f5
 class ChannelARHead(_ChannelHead):
@@ -186,23 +189,12 @@ class ChannelARHead(_ChannelHead):
         z = self.project(z)
         before = [self.embed[torch.arange(self.channels - 1, device=z.device), codes[:, :-1].long()]] if self.channels > 1 else []
         return self._run(torch.cat([z[:, None], *before], 1), z, 0)
-    @torch.no_grad()
-    def sample(self,
-        z: Float[Tensor, 'n d'], # what the backbone says of each token
-        temperature: float = 1., # 0 takes the most likely
-        top_k: int = None, # see `sample_token`
-        generator: torch.Generator = None, # source of randomness
-    ) -> Int[Tensor, 'n c']:
-        "Draw tokens, channel by channel; keys and values are kept, so each channel costs one step."
-        self._check(z); check_range(temperature, 'temperature', 0)
-        was = self.training; self.eval()
+    def _draw(self, z, pick): # channel by channel; keys and values are kept, so each channel costs one step
         z, cache, out = self.project(z), KVCache(len(self.body.blocks)), []
         h = z[:, None]
         for c in range(self.channels):
-            logits = self._run(h, z, c, cache)[:, 0]
-            out.append(sample_token(logits, temperature=temperature, top_k=top_k, generator=generator).long())
+            out.append(pick(self._run(h, z, c, cache)[:, 0]))
             if c + 1 < self.channels: h = self.embed[c, out[-1]][:, None]
-        self.train(was)
         return torch.stack(out, 1)
 
 # %% ../../nbs/02_quantize/20_tokenbridge.ipynb #6e0656f1
